@@ -1,0 +1,1266 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""A receiver for Segment's Direct destination protocol, in one file of standard library Python.
+
+Segment forwards its customers' calls to an endpoint of yours, one HTTPS request a call:
+
+    POST / HTTP/1.1
+    Authorization: Basic c2VnbWVudDo=        the API key you gave the customer ("segment"), a colon, no password
+    Content-Type: application/json
+    Content-Length: 76
+
+    {"type": "track", "user_id": "u1", "event": "Signed Up", "message_id": "m1"}
+
+It acts on the status that you answer. 200 (done) and 202 (will be done): delivered, and forgotten there. 400 (malformed),
+401 (key), 403 (permissions), 501 (unsupported type) and every other 4xx: dropped for good; `{"message": "why"}` in the
+reply's body is shown to the customer. 500, 503, 408 and 429: sent again, for hours. So the same call may come twice,
+calls come in any order, and a call that was answered 200 must never be lost.
+
+Start it with `make run`, or use it from Python:
+
+    class Contacts(receiver.Destination):
+        def identify(self, user_id, traits, call):
+            if "email" not in traits:
+                raise receiver.Refusal(400, "Missing email address")
+
+    with receiver.serve(Contacts(), port=0) as server:    # a real HTTPS endpoint, in a thread
+        requests.post(server.url, json=..., auth=("segment", ""), verify=server.tls_cert)
+
+    application = receiver.wsgi(Contacts())               # the same behind any WSGI server
+
+The file reads from top to bottom: the protocol, the default destination, the server, other ways in, the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import importlib
+import ipaddress
+import json
+import logging
+import math
+import os
+import queue
+import re
+import resource
+import secrets
+import signal
+import socket
+import socketserver
+import sqlite3
+import ssl
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from datetime import UTC, datetime
+from email.message import Message
+from email.utils import formatdate
+from functools import lru_cache
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, NoReturn
+
+# ======================================================================================================================
+# 1. The protocol
+#
+# What is answered to which request, and why: pure functions and small immutable values. Nothing here opens a socket, a
+# file or a thread, or looks at a clock that it was not handed. A port to another language starts and ends here.
+# ======================================================================================================================
+
+# ---- What can be refused ---------------------------------------------------------------------------------------------
+
+# What else every reply of a status says: how to log in (RFC 7617 §2), after how many seconds to try again (RFC 9110 §10.2.3).
+ALSO = {401: {"WWW-Authenticate": 'Basic realm="Segment calls", charset="UTF-8"'}, 503: {"Retry-After": "5"}}
+
+
+class Reply(NamedTuple):
+    """What is answered, and for the log what it was about."""
+
+    status: int
+    body: Mapping[str, str] = {}  # sent as JSON; if empty there is none
+    fields: Mapping[str, str] = {}  # header fields of its own
+    customer: str = ""  # whose key it was, once that is known
+    raw: Mapping[str, Any] = {}  # the call in snake_case, once that is known
+    duplicate: bool = False  # the call was taken before
+    error: Exception | None = None  # the fault of ours behind a 500, for the log only
+
+
+class Refusal(Exception):  # noqa: N818 - the protocol's own word
+    """A request is not accepted: the status to answer, 400 to 599, and the message that the customer will read.
+
+    The status alone decides whether the sender drops the call or sends it again (PROTOCOL, "What to answer"): a fault of
+    ours that will pass is never a 4xx, a call that can never succeed is never a 5xx but 501.
+    """
+
+    def __init__(self, status: int, message: str, **fields: str) -> None:
+        if not 400 <= status <= 599:
+            raise ValueError(f"a refusal's status is from 400 to 599, not {status}")
+        super().__init__(status, message)
+        self.status, self.message, self.fields = int(status), message, fields
+
+    def reply(self, customer: str = "", raw: Mapping[str, Any] | None = None) -> Reply:
+        """The reply that says so."""
+        fields = {**ALSO.get(self.status, {}), **self.fields}
+        return Reply(self.status, {"message": self.message}, fields, customer, raw or {})
+
+
+def require(condition: object, status: int, message: str, culprit: object = None) -> None:
+    """Refuse unless the condition holds. A %s in the message stands for the culprit."""
+    if not condition:
+        raise Refusal(status, message.replace("%s", quoted(culprit)))
+
+
+def quoted(value: object) -> str:
+    """Something from outside, so that it can neither flood nor forge what it is put into."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+# ---- Who is calling --------------------------------------------------------------------------------------------------
+
+
+class Key(NamedTuple):
+    """What an API key opens. The key itself is kept nowhere: it is found by its SHA-256 digest."""
+
+    customer: str
+    calls: frozenset[str] | None = None  # the types of call that it may send; None: all
+    expires: str | None = None  # in UTC
+
+
+def authenticate(headers: Mapping[str, str], keys: Mapping[str, Key], now: Clock) -> Key:
+    """The key in the Authorization header: a username without a password (rung 5; RFC 7617 §2)."""
+    scheme, _, encoded = headers.get("authorization", "").partition(" ")
+    require(scheme, 401, "The Authorization header is missing")
+    require(scheme.lower() == "basic", 401, "The scheme of the Authorization header is not Basic")
+    try:
+        api_key, colon, password = base64.b64decode(encoded.lstrip(" "), validate=True).decode().partition(":")
+    except ValueError as error:
+        coding = "UTF-8" if isinstance(error, UnicodeDecodeError) else "base64"
+        raise Refusal(401, f"The credentials in the Authorization header are not {coding}") from None
+    require(colon, 401, "The credentials in the Authorization header have no colon after the API key")
+    require(not password, 401, "The password in the Authorization header is not empty: the API key is the username")
+    key = keys.get(hashlib.sha256(api_key.encode()).hexdigest())
+    if key is None:
+        raise Refusal(401, "The API key is not known")
+    require(key.expires is None or now() < key.expires, 401, "API token expired")
+    return key
+
+
+def parse_keys(text: str) -> dict[str, Key]:
+    """The text of a keys file as keys by digest. ValueError names the entry that is wrong."""
+    entries, keys = json.loads(text), {}
+    if not isinstance(entries, list):
+        raise ValueError("it is not a JSON array")
+    for number, entry in enumerate(entries, 1):
+        try:
+            digest, key = parse_key(**entry)  # Python itself refuses a member that is missing or that nobody knows
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"entry {number}: {error}") from None
+        if digest in keys:
+            raise ValueError(f"entry {number}: this sha256 was there before")
+        keys[digest] = key
+    return keys
+
+
+def parse_key(*, customer: str, sha256: str, calls: list[str] | None = None, expires: str | None = None) -> tuple[str, Key]:
+    """One entry of a keys file. TypeError or ValueError says what is wrong with it."""
+    if not isinstance(customer, str) or not customer:
+        raise ValueError("customer is not a name")
+    if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError("sha256 is not 64 hexadecimal digits in small letters")
+    if calls is not None and not (isinstance(calls, list) and CALLS.keys() >= set(calls)):
+        raise ValueError(f"calls is not an array of {', '.join(CALLS)}")
+    try:
+        return sha256, Key(customer, None if calls is None else frozenset(calls), None if expires is None else utc(expires))
+    except ValueError as error:
+        raise ValueError(f"expires is {error}") from None
+
+
+# ---- What they sent: the body ----------------------------------------------------------------------------------------
+
+MAX_DEPTH = 500  # arrays and objects in each other: what the JSON parsers of Python and SQLite can be relied on to read
+
+
+@lru_cache(maxsize=64)
+def is_json(content_type: str) -> bool:
+    """Whether a Content-Type is JSON, or a vendor's (RFC 6839 §3.1), and in no other charset than UTF-8."""
+    message = Message()
+    message["Content-Type"] = content_type
+    kind, charset = message.get_content_type(), message.get_content_charset("utf-8")
+    return bool(re.fullmatch(r"application/(.+\+)?json", kind)) and charset == "utf-8"
+
+
+def parse_object(data: bytes, what: str) -> dict[str, Any]:
+    """A JSON object in UTF-8, RFC 8259 and no more, with every key at every depth in snake_case (rung 7)."""
+    try:
+        text = data.decode()
+        value = DECODER.decode(text)
+        if "\\u" in text:  # an escape can name half of a surrogate pair, which is no text: then this fails
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, f"{what} is not JSON in UTF-8: {error}") from None
+    require(isinstance(value, dict), 400, f"{what} is not a JSON object")
+    few = text.count("{") + text.count("[") <= MAX_DEPTH  # as in almost every call: then they cannot be nested deeper
+    require(few or depth(value) <= MAX_DEPTH, 400, f"{what} is nested more than {MAX_DEPTH} deep")
+    return value  # type: ignore[no-any-return]
+
+
+def depth(value: Any) -> int:
+    """How many arrays and objects are in each other, counted level by level."""
+    levels, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        levels += 1
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
+    return levels
+
+
+def parse_real(text: str) -> float:
+    """A number with a fraction or exponent. ValueError for what Python knows beyond JSON, as NaN, or a double cannot hold."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{quoted(text)} is not a number that fits a double")
+    return number
+
+
+def parse_whole(text: str) -> int:
+    """A number without fraction or exponent; one too large for a double would overflow in whoever reads it next."""
+    if len(text) > 300:
+        parse_real(text)
+    return int(text)
+
+
+@lru_cache(maxsize=4096)
+def snake_case(key: str) -> str:
+    """A key in snake_case: `userId`, `UserID`, `user-id`, `User Id` and `user_id` are all `user_id`.
+
+    A capital starts a word after a small letter or a digit, and as the last of a run (`HTMLParser` is `html_parser`).
+    """
+    words = ""
+    for before, letter, after in zip(" " + key, key, key[1:] + " ", strict=False):
+        starts = before.islower() or before.isdigit() or (before.isupper() and after.islower())
+        words += "_" if letter in " -" else "_" + letter if letter.isupper() and starts else letter
+    return words.lower()
+
+
+KNOWN: set[str] = set()  # keys in snake_case that came before; these and those in the cache are few and short, whoever sends
+
+
+def snake_keys(sent: dict[str, Any]) -> dict[str, Any]:
+    """One object with its keys in snake_case. Where two become one, who had the name keeps it, else the first one gets it."""
+    if KNOWN.issuperset(sent):
+        return sent
+    names = {key: snake_case(key) if len(key) <= 64 else snake_case.__wrapped__(key) for key in sent}
+    taken = {key for key, name in names.items() if key == name}
+    if len(KNOWN) < 4096:
+        KNOWN.update(key for key in taken if len(key) <= 64)
+    renamed = {}
+    for key, name in names.items():
+        renamed[key if name in taken else name] = sent[key]
+        taken.add(name)
+    return renamed
+
+
+DECODER = json.JSONDecoder(object_hook=snake_keys, parse_float=parse_real, parse_int=parse_whole, parse_constant=parse_real)
+
+
+def parse_settings(encoded: str | None) -> dict[str, Any]:
+    """The customer's other settings in X-Segment-Settings: base64 of a JSON object (rung 7)."""
+    try:
+        return parse_object(base64.b64decode(encoded, validate=True), "X-Segment-Settings") if encoded is not None else {}
+    except ValueError:
+        raise Refusal(400, "X-Segment-Settings is not base64") from None
+
+
+# ---- What they sent: the call ----------------------------------------------------------------------------------------
+
+# The types of call, and what the handler of each is given. The seed's four, then those of later revisions.
+CALLS: dict[str, tuple[str, ...]] = {
+    "identify": ("user_id", "traits"),  # who is this?
+    "track": ("user_id", "event", "properties"),  # what are they doing?
+    "page": ("user_id", "name", "properties"),  # where are they doing it?
+    "group": ("user_id", "group_id", "traits"),  # what group are they part of?
+    "delete": ("user_id",),  # who asks to be forgotten?
+    "screen": ("user_id", "name", "properties"),  # where in an app are they doing it?
+    "alias": ("user_id", "previous_id"),  # who were they before?
+}
+NEEDED = {"track": "event", "group": "group_id", "alias": "previous_id", "delete": "user_id"}  # a page may have no name
+
+
+class Call(SimpleNamespace):
+    """One call, checked. Its fields are those of PROTOCOL, "What arrives"; what is absent or null is None, an object {}."""
+
+    customer: str  # whose key it came with
+    type: str
+    user_id: str | None = None  # one of the two ids is there
+    anonymous_id: str | None = None
+    event: str | None = None  # track
+    name: str | None = None  # page and screen
+    group_id: str | None = None  # group
+    previous_id: str | None = None  # alias
+    traits: dict[str, Any]  # identify: of the user; group: of the group
+    properties: dict[str, Any]  # track, page and screen
+    context: dict[str, Any]
+    message_id: str  # unique per call, the same on a retry or a replay; made here if it came without
+    timestamp: str  # when it happened, the time to order by: in UTC with milliseconds and Z, so that it sorts as text
+    sent_at: str | None = None  # likewise
+    original_timestamp: Any = None  # this and what follows is as it came
+    received_at: Any = None  # by Segment
+    integrations: Any = None
+    version: Any = None
+    settings: dict[str, Any]  # from X-Segment-Settings
+    raw: dict[str, Any]  # the whole object in snake_case
+
+
+def an_id(value: Any) -> str | None:
+    """An id as text; a whole number is taken as its digits, and an empty id as none."""
+    if isinstance(value, str):
+        return value or None
+    if type(value) is int:
+        return str(value)
+    raise ValueError("not a string or a whole number")
+
+
+def a_string(value: Any) -> str:
+    """A string as it is; ValueError says what else it should have been. So do the others."""
+    if isinstance(value, str):
+        return value
+    raise ValueError("not a string")
+
+
+def an_object(value: Any) -> dict[str, Any]:
+    """An object as it is."""
+    if isinstance(value, dict):
+        return value
+    raise ValueError("not an object")
+
+
+ISO_8601 = re.compile(r"[\dW-]{8,10}([T ][\d:.,]+(Z|[+-][\d:]+)?)?", re.ASCII)  # Python alone would take more
+UTC_TEXT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)
+
+
+def utc(time: Any) -> str:
+    """An ISO 8601 time in UTC with milliseconds and Z; one that names no zone is in UTC already."""
+    try:
+        moment = datetime.fromisoformat(time if ISO_8601.fullmatch(time) else "")
+        if UTC_TEXT.fullmatch(time):
+            return str(time)
+        moment = moment.astimezone(UTC) if moment.tzinfo else moment
+        return moment.isoformat(timespec="milliseconds")[:23] + "Z"
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError("not an ISO 8601 time") from None
+
+
+CHECKS: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("user_id", "anonymous_id", "message_id", "group_id", "previous_id"), an_id),
+    **dict.fromkeys(("event", "name"), a_string),
+    **dict.fromkeys(("traits", "properties", "context"), an_object),
+    **dict.fromkeys(("timestamp", "sent_at"), utc),
+}
+ALWAYS = ("user_id", "anonymous_id", "message_id", "traits", "properties", "context", "timestamp", "sent_at")
+CHECKED = {kind: [(field, CHECKS[field]) for field in {*ALWAYS, *fields}] for kind, fields in CALLS.items()}
+FIELDS = Call.__annotations__.keys() - {"customer", "settings", "raw"}
+
+
+def make_call(raw: dict[str, Any], customer: str, settings: dict[str, Any], now: Clock) -> Call:
+    """The call with each field of the right kind, and what may be absent filled in (rung 10)."""
+    fields = {field: value for field, value in raw.items() if value is not None and field in FIELDS}
+    for field, check in CHECKED[raw["type"]]:
+        if field in fields:
+            try:
+                fields[field] = check(fields[field])
+            except ValueError as error:
+                raise Refusal(400, f"The field {field} is {error}") from None
+    some_id = fields.get("user_id") or fields.get("anonymous_id")
+    require(some_id, 400, "The fields user_id and anonymous_id are both missing")
+    needed = NEEDED.get(raw["type"], "type")
+    require(fields.get(needed), 400, f"The field {needed} is missing")
+    if "timestamp" not in fields:
+        with suppress(ValueError):  # what the client's own clock said may be anything
+            fields["timestamp"] = utc(raw.get("original_timestamp"))
+        fields.setdefault("timestamp", fields.get("sent_at") or now())
+    if not fields.get("message_id"):
+        fields["message_id"] = str(uuid.uuid4())
+    for field in ("traits", "properties", "context"):
+        fields.setdefault(field, {})
+    return Call(customer=customer, settings=settings, raw=raw, **fields)
+
+
+# ---- What to do with it ----------------------------------------------------------------------------------------------
+
+ACCEPTED = HTTPStatus.ACCEPTED  # a handler returns this for 202: taken, but not done yet
+DUPLICATE = HTTPStatus.ALREADY_REPORTED  # or this for a call that came before: answered 200, and logged as a duplicate
+
+
+class Destination:
+    """Where calls go. A subclass supports the types of call that it has methods for, named and called as CALLS says.
+
+    Each gets the whole call as its last argument: `identify(user_id, traits, call)`. It returns nothing for 200, or
+    ACCEPTED for 202; it raises Refusal to refuse; any other exception is a 500. Several threads call at the same time.
+    """
+
+    def close(self) -> None:
+        """Called once, after the last call."""
+
+
+def dispatch(handler: Callable[..., Any], call: Call) -> Reply:
+    """What the handler answers (rung 11). TypeError if that is no answer."""
+    outcome = handler(*[getattr(call, field) for field in CALLS[call.type]], call)
+    if outcome is None:
+        outcome = HTTPStatus.OK
+    elif outcome not in (HTTPStatus.OK, ACCEPTED, DUPLICATE):
+        raise TypeError(f"{handler} returned {outcome!r}, which is none of None, ACCEPTED and DUPLICATE")
+    return Reply(202 if outcome == ACCEPTED else 200, {}, {}, call.customer, call.raw, outcome == DUPLICATE)
+
+
+# ---- The ladder ------------------------------------------------------------------------------------------------------
+
+HEALTH = "/health"  # for load balancers and monitors; it is no part of Segment's protocol
+
+Clock = Callable[[], str]  # the time now, as utc() writes it
+
+
+class Request(NamedTuple):
+    """A request whose head is clean HTTP/1.x: that is rung 1, and the server's business."""
+
+    method: str
+    target: str  # path and query as sent
+    headers: Mapping[str, str]  # names in lower case
+    length: int | None  # what Content-Length says, in bytes
+    read: Callable[[], bytes]  # reads the body, not before it is called; Refusal 408 if it does not come in time
+
+
+class Endpoint(NamedTuple):
+    """What an answer depends on beside the request."""
+
+    destination: Destination
+    keys: Mapping[str, Key]  # by digest
+    path: str = "/"
+    max_body: int = 524_288  # bytes
+    maintenance: bool = False
+
+
+def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
+    """The protocol: the reply to a request. Every rung of this ladder refuses the request or passes it on."""
+    method, headers = request.method, request.headers
+    customer, raw = "", dict[str, Any]()  # not known yet
+    try:
+        path = request.target.partition("?")[0]
+        if path == HEALTH:
+            if method not in ("GET", "HEAD"):
+                raise Refusal(405, f"The method {quoted(method)} is not allowed here", Allow="GET, HEAD")
+            require(not endpoint.maintenance, 503, "Down for maintenance")
+            return Reply(200, {"status": "ok"})
+        require(path == endpoint.path, 404, "There is nothing at %s", path)
+        if method != "POST":
+            raise Refusal(405, f"The method {quoted(method)} is not allowed, only POST", Allow="POST")
+        require(not endpoint.maintenance, 503, "Down for maintenance")
+        key = authenticate(headers, endpoint.keys, now)  # 401
+        customer = key.customer
+        require(request.length is not None, 411, "The Content-Length header is missing")
+        require((request.length or 0) <= endpoint.max_body, 413, f"The body is longer than {endpoint.max_body} bytes")
+        media_type = headers.get("content-type", "application/json")
+        require(is_json(media_type), 415, "The Content-Type %s is not application/json in UTF-8", media_type)
+        coding = headers.get("content-encoding", "identity")
+        require(coding.lower() == "identity", 415, "The Content-Encoding %s is not identity", coding)
+        raw = parse_object(request.read(), "The body")  # 408, 400
+        settings = parse_settings(headers.get("x-segment-settings"))  # 400
+        kind = raw.get("type")
+        require(kind is not None, 400, "The field type is missing")
+        require(isinstance(kind, str), 400, "The field type is not a string")
+        handler = getattr(endpoint.destination, kind, None) if kind in CALLS else None
+        if handler is None:
+            raise Refusal(501, f"Calls of type {quoted(kind)} are not supported")
+        require(key.calls is None or kind in key.calls, 403, "This API key may not send calls of type %s", kind)
+        call = make_call(raw, customer, settings, now)  # 400
+        return dispatch(handler, call)  # 200, 202, or what the destination refuses
+    except Refusal as refusal:
+        return refusal.reply(customer, raw)
+    except Exception as error:  # a fault of ours, of which the outside learns nothing
+        return Reply(500, {"message": "Internal error"}, {}, customer, raw, error=error)
+
+
+# ======================================================================================================================
+# 2. The default destination
+#
+# Every call in one SQLite table, synced to disk before it is acknowledged. Whatever else one wants to know is a view on
+# that table: so nothing is lost, and in which order calls arrive never matters.
+# ======================================================================================================================
+
+# The traits of one user or account: each from the newest call that sets it, of equals from the last received. `->` gives
+# a trait's own JSON, exact to the last digit, but cannot name a trait with a quotation mark in its name.
+TRAITS = """(select json_group_object(trait, json(value)) from (
+        select t.key as trait, row_number() over (partition by t.key order by c.timestamp desc, c.rowid desc) as age,
+            coalesce(c.call -> t.fullkey, case when t.type in ('object', 'array') then t.value
+                when t.type in ('true', 'false', 'null') then t.type else json_quote(t.value) end) as value
+        from calls c, json_each(c.call, '$.traits') t where c.customer = o.customer and {theirs}) where age = 1)"""
+GROUP_ID = "cast(json_extract(call, '$.group_id') as text)"
+COMMON = "customer, message_id, user_id, anonymous_id, timestamp, received_at, call -> '$.context' as context"
+PROPERTIES = "coalesce(call -> '$.properties', '{}') as properties from calls"
+FIRST_LAST = "min(timestamp) as first_seen, max(timestamp) as last_seen"
+
+APPLICATION_ID, SCHEMA_VERSION = 0x5365676D, 1  # "Segm": in the header of the database files that are ours
+SCHEMA = f"""
+create table calls (customer text not null, message_id text not null, type text not null, user_id text, anonymous_id text,
+    timestamp text not null, received_at text not null, call text not null, primary key (customer, message_id));
+create index calls_by_user on calls (customer, user_id, type, timestamp);
+create index calls_by_group on calls (customer, {GROUP_ID}, timestamp, user_id) where type = 'group';
+create view identifies as
+    select {COMMON}, coalesce(call -> '$.traits', '{{}}') as traits from calls where type = 'identify';
+create view tracks as select {COMMON}, call ->> '$.event' as event, {PROPERTIES} where type = 'track';
+create view pages as select {COMMON}, call ->> '$.name' as name, {PROPERTIES} where type = 'page';
+create view groups as
+    select {COMMON}, {GROUP_ID} as group_id, coalesce(call -> '$.traits', '{{}}') as traits from calls where type = 'group';
+create view users as select customer, user_id,
+    {TRAITS.format(theirs="c.user_id = o.user_id and c.type = 'identify'")} as traits, {FIRST_LAST}
+    from calls o where user_id is not null group by customer, user_id;
+create view accounts as select customer, group_id,
+    {TRAITS.format(theirs=f"{GROUP_ID} = o.group_id and c.type = 'group'")} as traits,
+    count(distinct user_id) as members, {FIRST_LAST} from groups o group by customer, group_id;
+create view private_beta as select count(distinct customer) as customers, count(*) as events,
+    count(distinct customer) >= 10 or count(*) > 20000000 as fulfilled from calls;
+pragma application_id = {APPLICATION_ID};
+pragma user_version = {SCHEMA_VERSION}"""
+SAVE = """insert into calls values (?, ?, ?, ?, ?, ?, strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), ?)
+    on conflict (customer, message_id) do nothing"""
+FORGET = "delete from calls where customer = ? and user_id = ?"
+
+# Seconds. The sender waits for an answer for 5; a call may have to wait for a lock while the calls before it do, and again.
+LOCK_WAIT, ANSWER_WAIT = 2.0, 4.5
+MOST_AT_ONCE = 1000  # calls in one transaction
+
+
+class ConfigurationError(ValueError):
+    """An option, or a file that it names, cannot be used; the message is one line that says which and why."""
+
+
+class Store(Destination):
+    """Keeps each call in an SQLite file, once by customer and message_id. What it has taken is on disk.
+
+    Syncing is what costs, so the calls that wait at the same moment share a transaction, which one thread writes.
+    """
+
+    def __init__(self, path: str = "calls.db") -> None:
+        """ConfigurationError if the file is no database of ours, which is then left as it is."""
+        try:
+            self._db = open_database(path)
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigurationError(f"{path}: {error}") from None
+        self._waiting: queue.SimpleQueue[tuple[str, tuple[Any, ...], Future[int]] | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write, daemon=True)
+        self._writer.start()
+
+    def _keep(self, *fields: Any) -> HTTPStatus | None:
+        call: Call = fields[-1]
+        text = json.dumps(call.raw, ensure_ascii=False, separators=(",", ":"))
+        row = (call.customer, call.message_id, call.type, call.user_id, call.anonymous_id, call.timestamp, text)
+        return None if self._change(SAVE, row) else DUPLICATE
+
+    identify = track = page = group = _keep
+
+    def delete(self, user_id: str, call: Call) -> None:
+        """Forget everything of this user of this customer."""
+        self._change(FORGET, (call.customer, user_id))
+
+    def _change(self, statement: str, values: tuple[Any, ...]) -> int:
+        """How many rows a statement changed, once that is on disk. Refusal 503 if it cannot be now."""
+        changed: Future[int] = Future()
+        self._waiting.put((statement, values, changed))
+        try:
+            return changed.result(ANSWER_WAIT)
+        except TimeoutError:
+            changed.cancel()
+            raise Refusal(503, "The call could not be stored in time") from None
+
+    def _write(self) -> None:
+        """Write what waits, one transaction after another, until close()."""
+        closing = False
+        while not closing:
+            batch = [self._waiting.get()]
+            while len(batch) < MOST_AT_ONCE and not self._waiting.empty():
+                batch.append(self._waiting.get())
+            closing = None in batch
+            self._commit([change for change in batch if change and change[2].set_running_or_notify_cancel()])
+        self._db.close()
+
+    def _commit(self, batch: list[tuple[str, tuple[Any, ...], Future[int]]]) -> None:
+        """Write these changes in one transaction and say in each what came of it. An error in one statement is its own."""
+        outcomes: list[int | Exception] = []
+        try:
+            self._db.execute("begin immediate")
+            for statement, values, _ in batch:
+                try:
+                    outcomes.append(self._db.execute(statement, values).rowcount)
+                except (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError, ValueError) as error:
+                    outcomes.append(error)
+            self._db.execute("commit")
+        except Exception as error:  # whatever it is, the next transaction may succeed
+            log.error("%d calls could not be stored: %s", len(batch), error)
+            outcomes = [Refusal(503, "The call could not be stored for now") for _ in batch]
+            with suppress(sqlite3.Error):
+                self._db.execute("rollback")
+        for (_, _, changed), outcome in zip(batch, outcomes, strict=True):
+            changed.set_exception(outcome) if isinstance(outcome, Exception) else changed.set_result(outcome)
+
+    def close(self) -> None:
+        """Write what was taken, and close the file."""
+        self._waiting.put(None)
+        self._writer.join(ANSWER_WAIT)
+
+
+def open_database(path: str) -> sqlite3.Connection:
+    """A connection to the database, made if the file is not there. ConfigurationError, OSError or sqlite3.Error if not."""
+    header = b""
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        header = file.read(100)  # by hand, as SQLite would change some files by only opening them
+    if header and (header[:16] != b"SQLite format 3\0" or int.from_bytes(header[68:72]) != APPLICATION_ID):
+        raise ConfigurationError(f"{path}: this is not a database of calls")
+    if header and int.from_bytes(header[60:64]) != SCHEMA_VERSION:
+        raise ConfigurationError(f"{path}: this database is of another version of the schema than {SCHEMA_VERSION}")
+    db = sqlite3.connect(path, timeout=LOCK_WAIT, isolation_level=None, check_same_thread=False)
+    try:
+        # The schema comes before WAL mode, so that the file says whose it is from its first byte on.
+        db.execute("begin immediate")
+        if db.execute("pragma user_version").fetchone() == (0,):
+            for statement in SCHEMA.split(";"):
+                db.execute(statement)
+        db.execute("commit")
+        for setting in ("journal_mode = wal", "synchronous = full", "secure_delete = on"):
+            db.execute(f"pragma {setting}")  # so that a commit is on disk, and who is forgotten not left in unused pages
+    except sqlite3.Error:
+        db.close()
+        raise
+    return db
+
+
+# ======================================================================================================================
+# 3. The server
+#
+# HTTP/1.1 over TLS, on http.server and ssl, with a thread for each connection. Sockets block, which is fastest; nothing
+# can take for ever, as each connection has a deadline, and who is past it is hung up on.
+# ======================================================================================================================
+
+log = logging.getLogger("receiver")
+
+# ---- Rung 1: the head of a request -----------------------------------------------------------------------------------
+#
+# The parser of http.server takes much that another program on the way reads differently, which is how requests are
+# smuggled. So this is the grammar of RFC 9112 and no more, and whatever it does not know ends the connection.
+
+MAX_TARGET, MAX_HEAD, MAX_FIELDS = 8192, 65_536, 100
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 §5.6.2
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")  # RFC 9112 §3
+FIELD_LINE = rf"{TOKEN}:[\t -~\x80-\xff]*\r\n"  # §5, without the obsolete folding of §5.2
+FIELD_LINES = re.compile(f"(?:{FIELD_LINE})*+")
+BARE_LF = re.compile(rb"(?<!\r)\n")  # §2.2
+ONLY_ONCE = {"host", "content-length", "content-type", "authorization"}  # where two would be two readings
+
+
+def parse_head(head: str, read: Callable[[], bytes]) -> tuple[Request, bool]:
+    """The request with this head, and whether it is HTTP/1.0. Refusal if it can be read in two ways, or in none."""
+    line, _, lines = head.partition("\r\n")
+    parts = REQUEST_LINE.fullmatch(line)
+    if not parts:
+        raise Refusal(400, "The request line is not a method, a target and HTTP/1.1, with single blanks")
+    method, target, major, minor = parts.groups()
+    require(len(target) <= MAX_TARGET, 414, f"The target is longer than {MAX_TARGET} bytes")
+    require(major == "1", 505, "Only HTTP/1.1 and HTTP/1.0 are spoken here")
+    headers = parse_fields(lines)
+    require(minor == "0" or "host" in headers, 400, "The Host header is missing")  # §3.2
+    length = parse_length(headers.get("content-length"))
+    both = length is not None and "transfer-encoding" in headers
+    require(not both, 400, "There are both a Transfer-Encoding and a Content-Length")  # §6.1
+    return Request(method, target, headers, length, read), minor == "0"
+
+
+def parse_fields(text: str) -> dict[str, str]:
+    """The header fields by names in lower case; the values of one name are joined by commas (RFC 9110 §5.3)."""
+    lines = text.split("\r\n")[:-1]
+    require(len(lines) <= MAX_FIELDS, 431, f"There are more than {MAX_FIELDS} header fields")
+    if not FIELD_LINES.fullmatch(text):
+        wrong = next(number for number, line in enumerate(lines, 1) if not re.fullmatch(FIELD_LINE, line + "\r\n"))
+        raise Refusal(400, f"Header line {wrong} is not a name, a colon and a value")
+    fields = [line.partition(":") for line in lines]
+    headers = {name.lower(): value.strip(" \t") for name, _, value in fields}
+    if len(headers) < len(fields):
+        headers = {}
+        for name, _, value in fields:
+            require(name.lower() not in ONLY_ONCE & headers.keys(), 400, "The header %s is there twice", name)
+            headers[name.lower()] = ", ".join(filter(None, (headers.get(name.lower()), value.strip(" \t"))))
+    return headers
+
+
+def parse_length(text: str | None) -> int | None:
+    """A Content-Length in bytes (RFC 9110 §8.6)."""
+    if text is None:
+        return None
+    require(text.isascii() and text.isdigit(), 400, "The Content-Length %s is not plain digits", text)
+    return int(text) if len(text) < 20 else sys.maxsize  # int() would not take thousands of digits
+
+
+# ---- One connection --------------------------------------------------------------------------------------------------
+
+CHUNK = 16_384  # bytes: the most that one record of TLS holds
+LINGER = 2.0  # seconds that a client has to read the last reply
+REASONS = {status.value: status.phrase for status in HTTPStatus}
+
+
+@lru_cache(maxsize=1)
+def http_date(second: int) -> str:
+    """The Date of a reply (RFC 9110 §6.6.1)."""
+    return formatdate(second, usegmt=True)
+
+
+class Connection(BaseHTTPRequestHandler):
+    """One client's connection in a thread of its own, from the handshake to the last reply."""
+
+    server: Server
+
+    def setup(self) -> None:
+        """Wrap the socket in TLS; the handshake comes once the server knows this connection and its deadline."""
+        self.deadline = time.monotonic() + self.server.options.timeout
+        self.idle = self.served = self.hung_up = self.expects = False
+        self.buffer, self.unread = bytearray(), 0  # what was received; how much of a body is to be taken from there
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        tls = self.server.context
+        self.connection: ssl.SSLSocket = tls.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
+        self.server.connections.add(self)
+
+    def handle(self) -> None:
+        """The handshake, and then one request after another."""
+        try:
+            self.connection.do_handshake()
+        except (ssl.SSLEOFError, ConnectionError):
+            return  # somebody only looked whether the port is open
+        except OSError as error:
+            log.warning("TLS handshake with %s failed: %s", self.client_address[0], error)
+            return
+        super().handle()
+
+    def handle_one_request(self) -> None:
+        """One request and its reply; then close_connection says whether it was the last."""
+        request, self.close_connection, options = None, True, self.server.options
+        if not self.begins():
+            return
+        started = time.monotonic()
+        if self.served:
+            self.deadline = started + options.timeout
+        try:
+            request, old = parse_head(self.take_head(), self.take_body)
+            wishes = request.headers.get("connection", "").lower()
+            self.close_connection = (
+                "close" in wishes or (old and "keep-alive" not in wishes) or "transfer-encoding" in request.headers
+            )
+            self.expects = not old and request.headers.get("expect", "").lower() == "100-continue"
+            self.unread = request.length or 0
+            reply = self.server.receiver.reply(request)
+        except Refusal as refusal:
+            reply = refusal.reply()
+        ends = self.unread and (self.expects or self.unread > options.max_body)  # where a refused body is not to be read
+        self.close_connection = self.close_connection or self.server.stopping or bool(ends)
+        now = time.monotonic()
+        self.deadline = now + options.timeout
+        self.send(reply, request)
+        log_reply(reply, now - started)
+        self.drop_body()
+        self.served, self.deadline = True, now + options.keep_alive
+
+    def begins(self) -> bool:
+        """Whether another request begins; if not, the client has gone or was silent for too long."""
+        if not self.buffer:
+            self.idle = True
+            self.buffer += self.receive()
+            self.idle = False
+        return bool(self.buffer)
+
+    def receive(self) -> bytes:
+        """The next bytes; none at the end of the connection, however it came."""
+        try:
+            return self.connection.recv(CHUNK)
+        except OSError:
+            return b""
+
+    def receive_more(self, what: str) -> None:
+        """Add the next bytes to the buffer. Refusal if there are none, or not in time."""
+        more = b"" if time.monotonic() > self.deadline else self.receive()
+        if not more:
+            self.close_connection = True
+            require(not self.server.stopping, 503, "Shutting down")
+            in_time = time.monotonic() <= self.deadline
+            require(in_time, 408, f"{what} did not come within {self.server.options.timeout:g} seconds")
+            raise Refusal(400, f"{what} ended early")
+        self.buffer += more
+
+    def take_head(self) -> str:
+        """The next head, without the empty line that ends it."""
+        if self.buffer.startswith(b"\r\n"):
+            del self.buffer[:2]  # RFC 9112 §2.2
+        looked = 0
+        while (end := self.buffer.find(b"\r\n\r\n", looked)) < 0:
+            require(not BARE_LF.search(self.buffer, looked), 400, "A line of the head does not end in CR LF")
+            require(len(self.buffer) <= MAX_HEAD, 431, f"The head is longer than {MAX_HEAD} bytes")
+            in_line = len(self.buffer) > MAX_TARGET + 99 and b"\r\n" not in self.buffer
+            require(not in_line, 414, f"The target is longer than {MAX_TARGET} bytes")
+            looked = max(0, len(self.buffer) - 3)
+            self.receive_more("The head")
+        require(end <= MAX_HEAD, 431, f"The head is longer than {MAX_HEAD} bytes")
+        head = self.buffer[: end + 2].decode("latin-1")
+        del self.buffer[: end + 4]
+        return head
+
+    def take_body(self) -> bytes:
+        """The body. The deadline is over then: what follows is our own work."""
+        if self.expects and not self.buffer:
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while len(self.buffer) < self.unread:
+            self.receive_more("The body")
+        body = bytes(self.buffer[: self.unread])
+        del self.buffer[: self.unread]
+        self.unread, self.deadline = 0, math.inf
+        return body
+
+    def drop_body(self) -> None:
+        """Read past a refused request's body, so that the next request can be answered."""
+        with suppress(Refusal):
+            while self.unread and not self.close_connection:
+                dropped = min(self.unread, len(self.buffer))
+                del self.buffer[:dropped]
+                self.unread -= dropped
+                if self.unread:
+                    self.receive_more("The body")
+
+    def send(self, reply: Reply, request: Request | None) -> None:
+        """Send a reply, in one write."""
+        body = json.dumps(reply.body).encode() if reply.body else b""
+        head = f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, '')}\r\nDate: {http_date(int(time.time()))}\r\n"
+        head += "".join([f"{name}: {value}\r\n" for name, value in reply.fields.items()])
+        head += "Content-Type: application/json\r\n" if body else ""
+        head += f"Connection: {'close' if self.close_connection else 'keep-alive'}\r\nContent-Length: {len(body)}\r\n\r\n"
+        try:
+            self.connection.sendall(head.encode() + (b"" if request and request.method == "HEAD" else body))
+        except OSError:
+            self.close_connection = True
+
+    def hang_up(self) -> None:
+        """End the connection from another thread: its reading, so that a reply can still go out; the second time all of it.
+
+        It is the plain socket's shutdown, as that of SSLSocket would end the encryption while the other thread uses it.
+        """
+        how = socket.SHUT_RDWR if self.hung_up else socket.SHUT_RD
+        self.hung_up = True
+        with suppress(OSError):
+            socket.socket.shutdown(self.connection, how)
+
+    def finish(self) -> None:
+        """Close, but let the client read the last reply before: closing on bytes unread would take it back."""
+        self.deadline = time.monotonic() + LINGER
+        with suppress(OSError, ValueError):
+            self.connection.setblocking(False)
+            with suppress(OSError):
+                self.connection.unwrap()  # sends TLS's goodbye, and does not wait for the client's
+            socket.socket.shutdown(self.connection, socket.SHUT_WR)
+            self.connection.setblocking(True)
+            while time.monotonic() < self.deadline and socket.socket.recv(self.connection, CHUNK):
+                pass
+        self.server.connections.discard(self)
+        self.connection.close()
+
+
+def log_reply(reply: Reply, seconds: float) -> None:
+    """One line about a request: what was answered, to which call of whom, how long it took, and why not 2xx."""
+    level = logging.INFO if reply.status < 400 else logging.WARNING
+    if log.isEnabledFor(level):
+        raw = reply.raw
+        about = raw.get("type"), reply.customer, raw.get("user_id") or raw.get("anonymous_id"), raw.get("event") or raw.get("name")
+        words = [plain(word) if word else "-" for word in about] + ["duplicate"] * reply.duplicate
+        log.log(level, "%d %s %.1f ms %s", reply.status, " ".join(words), seconds * 1000, reply.body.get("message", ""))
+    if reply.error:
+        log.error("That was a fault of ours:", exc_info=reply.error)
+    if reply.raw and log.isEnabledFor(logging.DEBUG):
+        log.debug("%s", json.dumps(reply.raw, indent=4))
+
+
+def plain(word: object) -> str:
+    """A word of a log line: as it is if it is one printable word, else escaped."""
+    return word if isinstance(word, str) and len(word) <= 80 and word.isprintable() and " " not in word else quoted(word)
+
+
+# ---- All connections -------------------------------------------------------------------------------------------------
+
+DEMO_KEYS = {hashlib.sha256(key).hexdigest() for key in (b"segment", b"segment-expired", b"segment-identify-only")}
+
+
+class Receiver:
+    """An endpoint in service: what the server and the WSGI callable share."""
+
+    def __init__(self, destination: Destination | None, options: argparse.Namespace) -> None:
+        """ConfigurationError if what the options name cannot be used."""
+        log.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
+        self.options = options
+        self.seen = self.look()
+        keys = self.read_keys()
+        if destination is None:
+            destination = load_destination(options.destination) if options.destination else Store(options.database)
+        self.endpoint = Endpoint(destination, keys, options.path, options.max_body, options.maintenance)
+
+    def reply(self, request: Request) -> Reply:
+        """The reply to a request."""
+        return answer(request, self.endpoint, utc_now)
+
+    def look(self) -> tuple[int, ...]:
+        """What is another when the keys file has changed."""
+        try:
+            status = os.stat(self.options.api_keys)
+        except OSError:
+            return ()
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+    def read_keys(self) -> dict[str, Key]:
+        """The keys. ConfigurationError if the file is broken, or opens a public address to everybody."""
+        try:
+            keys = parse_keys(Path(self.options.api_keys).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"{self.options.api_keys}: {error}") from None
+        if DEMO_KEYS & keys.keys() and not self.options.bind.is_loopback:
+            raise ConfigurationError(
+                f"{self.options.api_keys} holds a demo key, which everybody knows: to listen on {self.options.bind}, make keys "
+                "of your own with --add-key CUSTOMER --api-keys FILE"
+            )
+        return keys
+
+    def reload_keys(self, always: bool = False) -> None:
+        """Read the keys again if the file has changed; if that fails those that are in force stay."""
+        seen, self.seen = self.seen, self.look()
+        if seen == self.seen and not always:
+            return
+        try:
+            self.endpoint = self.endpoint._replace(keys=self.read_keys())
+            log.warning("%d keys read from %s", len(self.endpoint.keys), self.options.api_keys)
+        except ConfigurationError as error:
+            log.error("The keys stay as they were: %s", error)
+
+    def toggle_maintenance(self) -> None:
+        """Stop taking calls, or take them again."""
+        self.endpoint = self.endpoint._replace(maintenance=not self.endpoint.maintenance)
+        log.warning("Maintenance is %s", "on" if self.endpoint.maintenance else "off")
+
+
+def utc_now() -> str:
+    """The time now, as utc() writes it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")[:23] + "Z"
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """A listening socket and its connections, in threads: `url`, `tls_cert` to verify it by, `stop()` or leaving the context."""
+
+    allow_reuse_address = daemon_threads = True
+    request_queue_size = 1024
+
+    def __init__(self, receiver: Receiver) -> None:
+        """ConfigurationError if the certificate or the address cannot be used."""
+        self.receiver, self.options = receiver, receiver.options
+        self.tls_cert, self.context = self.options.tls_cert, tls_context(self.options)
+        self.connections: set[Connection] = set()
+        self.places = threading.Semaphore(self.options.max_connections)
+        self.stopping, self.next_look = False, 0.0
+        v6 = self.options.bind.version == 6
+        self.address_family = socket.AF_INET6 if v6 else socket.AF_INET
+        try:
+            super().__init__((str(self.options.bind), self.options.port), Connection)
+        except OSError as error:
+            raise ConfigurationError(f"cannot listen on {self.options.bind}, port {self.options.port}: {error}") from None
+        self.socket.setblocking(False)  # so that a client who goes before it is accepted does not hold up the others
+        host = f"[{self.options.bind}]" if v6 else self.options.bind
+        self.url = f"https://{host}:{self.server_address[1]}{self.options.path}"
+        threading.Thread(target=self.serve_forever, args=(0.2,), daemon=True).start()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection, if it has a place or the longest idle one can make room; OSError if not now."""
+        if not self.places.acquire(blocking=False):
+            idle = [connection for connection in list(self.connections) if connection.idle]
+            if idle:
+                min(idle, key=lambda connection: connection.deadline).hang_up()
+            if not self.places.acquire(timeout=0.1):
+                raise BlockingIOError
+        try:
+            return super().get_request()
+        except OSError:
+            self.places.release()
+            time.sleep(0.01)  # when file descriptors have run out, trying at once again would take the whole core
+            raise
+
+    def close_request(self, request: Any) -> None:
+        """Give back the place of a connection that is over."""
+        super().close_request(request)
+        self.places.release()
+
+    def service_actions(self) -> None:
+        """Look for a changed keys file and for connections past their deadline; called several times a second."""
+        now = time.monotonic()
+        if now > self.next_look:
+            self.next_look = now + 0.1
+            self.receiver.reload_keys()
+            for connection in list(self.connections):
+                if connection.deadline < now:
+                    connection.hang_up()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what escaped from a connection's thread."""
+        log.exception("The connection with %s failed", client_address[0])
+
+    def reload(self) -> None:
+        """Read keys and certificate again. Connections go on; a broken file leaves the old one in force."""
+        self.receiver.reload_keys(always=True)
+        try:
+            self.context = tls_context(self.options)
+            log.warning("Certificate read from %s", self.tls_cert)
+        except ConfigurationError as error:
+            log.error("The certificate stays as it was: %s", error)
+
+    def stop(self) -> None:
+        """Accept no more, finish what is in flight, 5 seconds at the most, and close the destination."""
+        self.stopping, end = True, time.monotonic() + 5
+        self.shutdown()
+        self.server_close()
+        while self.connections and time.monotonic() < end:
+            for connection in list(self.connections):
+                if connection.idle and not connection.hung_up:
+                    connection.hang_up()
+            time.sleep(0.01)
+        for connection in list(self.connections):
+            connection.hang_up()
+        self.receiver.endpoint.destination.close()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def tls_context(options: argparse.Namespace) -> ssl.SSLContext:
+    """TLS 1.2 and 1.3, with forward secrecy only. ConfigurationError if the certificate or its key cannot be used."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # for 1.2; all of 1.3 are like that
+    context.set_alpn_protocols(["http/1.1"])
+    # Who leaves without TLS's goodbye can still be answered, as Content-Length tells whether all has come.
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_IGNORE_UNEXPECTED_EOF
+    try:
+        context.load_cert_chain(options.tls_cert, options.tls_key, password="")  # "": do not ask at the terminal
+    except OSError as error:
+        files, hint = f"{options.tls_cert}, {options.tls_key}", "; `make certs` makes a self-signed certificate and its key"
+        raise ConfigurationError(f"{files}: {error}{hint if isinstance(error, FileNotFoundError) else ''}") from None
+    return context
+
+
+# ======================================================================================================================
+# 4. Other ways in
+# ======================================================================================================================
+
+
+def serve(destination: Destination | None = None, **options: Any) -> Server:
+    """Start an HTTPS endpoint in threads; leaving it as a context stops it.
+
+    The options are those of the command line, with underscores for hyphens. ConfigurationError if one cannot be used.
+    """
+    receiver = Receiver(destination, parse_options(options))
+    try:
+        return Server(receiver)
+    except ConfigurationError:
+        receiver.endpoint.destination.close()
+        raise
+
+
+def wsgi(destination: Destination | None = None, **options: Any) -> Callable[..., Iterable[bytes]]:
+    """A WSGI callable (PEP 3333) that gives the same answers; the options are those that do not concern connections.
+
+    The grammar of the head, TLS and timeouts are the business of the WSGI server. ConfigurationError as in serve().
+    """
+    receiver = Receiver(destination, parse_options(options))
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        started = time.monotonic()
+        receiver.reload_keys()
+        try:
+            reply = receiver.reply(parse_environ(environ))
+        except Refusal as refusal:
+            reply = refusal.reply()
+        body = json.dumps(reply.body).encode() if reply.body else b""
+        fields = {**reply.fields, "Content-Type": "application/json", "Content-Length": str(len(body))}
+        start_response(f"{reply.status} {REASONS.get(reply.status, '')}", list(fields.items()))
+        log_reply(reply, time.monotonic() - started)
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+    return application
+
+
+def parse_environ(environ: dict[str, Any]) -> Request:
+    """The request in a WSGI environment. Refusal if its Content-Length is none."""
+    headers = {name[5:].replace("_", "-").lower(): value for name, value in environ.items() if name.startswith("HTTP_")}
+    if environ.get("CONTENT_TYPE"):
+        headers["content-type"] = environ["CONTENT_TYPE"]
+    length = parse_length(environ.get("CONTENT_LENGTH") or None)
+
+    def read() -> bytes:
+        body: bytes = environ["wsgi.input"].read(length)
+        require(len(body) == length, 400, "The body ended early")
+        return body
+
+    target = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
+    return Request(environ["REQUEST_METHOD"], target, headers, length, read)
+
+
+def load_destination(name: str) -> Destination:
+    """An instance of the class MODULE:CLASS, from the import path or the current directory. ConfigurationError if not."""
+    sys.modules.setdefault("receiver", sys.modules[__name__])  # for its `import receiver`: this program, no second copy
+    sys.path.insert(0, os.getcwd())
+    module, _, attribute = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), attribute)()
+    except Exception as error:
+        raise ConfigurationError(f"destination {name}: {type(error).__name__}: {error}") from error
+    if not isinstance(made, Destination):
+        raise ConfigurationError(f"destination {name}: this is no subclass of receiver.Destination")
+    return made
+
+
+# ======================================================================================================================
+# 5. The command line
+# ======================================================================================================================
+
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, where a mistake is an exception, and so one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigurationError."""
+        raise ConfigurationError(message)
+
+
+def from_to(kind: type[int] | type[float], least: float, most: float) -> Callable[[str], float]:
+    """A reader of numbers between these two."""
+
+    def read(text: str) -> float:
+        if not least <= (number := kind(text)) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
+        return number
+
+    read.__name__ = "number"
+    return read
+
+
+def endpoint_path(text: str) -> str:
+    """A path that a request line can name, and that is not taken."""
+    if not re.fullmatch(r"/[!-~]*", text) or set(text) & set("?#") or text == HEALTH:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a slash and visible ASCII without ? and #, or is {HEALTH}")
+    return text
+
+
+def options_parser() -> Parser:
+    """The options, each with its default; serve() and wsgi() take theirs from here too."""
+    parser = Parser("receiver.py", description="Receive Segment's calls over HTTPS and store them.", allow_abbrev=False)
+    add, seconds = parser.add_argument, from_to(float, 0.1, 86_400)
+    add("--bind", metavar="ADDRESS", type=ipaddress.ip_address, default="127.0.0.1", help="IPv4 or IPv6 (%(default)s)")
+    add("--port", type=from_to(int, 0, 65_535), default=8443, help="0 takes any free port (%(default)s)")
+    add("--path", type=endpoint_path, default="/", help="the endpoint, compared exactly as sent (%(default)s)")
+    add("--tls-cert", metavar="FILE", default="certs/localhost.pem", help="certificate and its chain (%(default)s)")
+    add("--tls-key", metavar="FILE", default="certs/localhost-key.pem", help="its private key (%(default)s)")
+    add("--api-keys", metavar="FILE", default="fixtures/keys.json", help="read again on change (%(default)s)")
+    add("--database", metavar="FILE", default="calls.db", help="where calls are stored, SQLite (%(default)s)")
+    add("--destination", metavar="MODULE:CLASS", help="where calls go instead")
+    add("--max-body", metavar="BYTES", type=from_to(int, 1, 2**30), default=524_288, help="longest body (%(default)s)")
+    add("--timeout", metavar="SECONDS", type=seconds, default=10,
+        help="for a whole request to arrive, handshake included (%(default)s)")
+    add("--keep-alive", metavar="SECONDS", type=seconds, default=75, help="of silence between requests (%(default)s)")
+    add("--max-connections", metavar="N", type=from_to(int, 1, 100_000), default=1000,
+        help="beyond it the one that has been idle longest makes room (%(default)s)")
+    add("--maintenance", action="store_true", help="start in maintenance, answering 503; SIGUSR1 toggles it")
+    volume = parser.add_mutually_exclusive_group()
+    volume.add_argument("--quiet", action="store_true", help="log no line for what was answered 2xx")
+    volume.add_argument("--verbose", action="store_true", help="log each call too")
+    add("--add-key", metavar="CUSTOMER", help="make an API key, print it, add its digest to the keys file, and end")
+    add("--calls", metavar="TYPES", help="with --add-key: the only types of call it may send, as identify,track")
+    add("--expires", metavar="DATE", help="with --add-key: when it ends, in ISO 8601, as 2027-01-01")
+    return parser
+
+
+def parse_options(given: Mapping[str, Any]) -> argparse.Namespace:
+    """Options given by name, read as the command line reads them. ConfigurationError if one cannot be used."""
+    named = [(f"--{name.replace('_', '-')}", value) for name, value in given.items() if value not in (None, False)]
+    return options_parser().parse_args([name if value is True else f"{name}={value}" for name, value in named])
+
+
+def main() -> None:
+    """Run the command line: serve until a signal says stop, or add a key."""
+    try:
+        options = options_parser().parse_args()
+        if options.add_key is not None:
+            add_key(options)
+        elif options.calls is not None or options.expires is not None:
+            raise ConfigurationError("--calls and --expires go with --add-key")
+        else:
+            run(options)
+    except ConfigurationError as error:
+        sys.exit(print(f"receiver.py: {error}", file=sys.stderr) or 2)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Serve until SIGTERM or SIGINT. SIGHUP reads keys and certificate again, SIGUSR1 toggles maintenance."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # they wait for sigwait; all threads inherit this
+    logging.Formatter.converter = time.gmtime
+    logging.basicConfig(format="%(asctime)s.%(msecs)03dZ %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with Server(Receiver(None, options)) as server:
+        print(f"Listening on {server.url}", flush=True)
+        print(greeting(server), file=sys.stderr, flush=True)
+        while (number := signal.sigwait(SIGNALS)) in (signal.SIGHUP, signal.SIGUSR1):
+            server.reload() if number == signal.SIGHUP else server.receiver.toggle_maintenance()
+
+
+def greeting(server: Server) -> str:
+    """What to do next, for who has started the server by hand."""
+    options, demo = server.options, DEMO_KEYS & server.receiver.endpoint.keys.keys()
+    url = server.url.replace(str(options.bind), "localhost") if options.bind.is_unspecified else server.url
+    user, query = "segment" if demo else "YOUR_API_KEY", "select received_at, type, user_id from calls order by rowid desc limit 9"
+    return f"""
+Send a call from another terminal:
+    curl -i --cacert {options.tls_cert} -u {user}: {url} -H 'Content-Type: application/json' -d @fixtures/track.json
+""" + (f"""Calls go to {options.destination}.
+""" if options.destination else f"""Calls are stored in {options.database}. See the latest:
+    sqlite3 {options.database} '{query}'
+""") + (f"""Warning: {options.api_keys} holds demo keys, which everybody knows. Make your own with --add-key.
+""" if demo else "")
+
+
+def add_key(options: argparse.Namespace) -> None:
+    """Make an API key and print it, this once only; put its digest into the keys file, which is replaced in one step."""
+    api_key, path = secrets.token_urlsafe(32), os.path.realpath(options.api_keys)
+    entry: dict[str, Any] = {"customer": options.add_key, "sha256": hashlib.sha256(api_key.encode()).hexdigest()}
+    if options.calls is not None:
+        entry["calls"] = options.calls.split(",")
+    if options.expires is not None:
+        entry["expires"] = options.expires
+    try:
+        entries = [*(json.loads(Path(path).read_text("utf-8")) if os.path.exists(path) else []), entry]
+        parse_keys(json.dumps(entries))
+        with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(path), delete=False) as file:  # its mode is 0600
+            file.write("[\n  " + ",\n  ".join(map(json.dumps, entries)) + "\n]\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, path)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigurationError(f"{options.api_keys}: {error}") from None
+    print(api_key)
+    print(f"A key for {options.add_key} was added to {options.api_keys}; it is shown this once only.", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
