@@ -37,6 +37,9 @@ NOW = "2026-01-15T12:00:00.000Z"
 TRACK = {"type": "track", "user_id": "u1", "event": "Signed Up"}
 
 
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # as outside of `make test`
+
+
 def basic(key: str) -> str:
     """The Authorization header for a key."""
     return "Basic " + base64.b64encode(f"{key}:".encode()).decode()
@@ -1137,13 +1140,13 @@ def test_wsgi_gives_the_servers_answers(tmp_path):
 
 def test_certificates_are_made_for_localhost_with_a_private_key_and_not_again(tmp_path):
     subprocess.run(["cp", "Makefile", tmp_path], cwd=HERE, check=True)
-    made = subprocess.run(["make", "certs"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    made = subprocess.run(["make", "certs"], cwd=tmp_path, capture_output=True, text=True, check=True, env=ENVIRONMENT).stdout
     cert, key = tmp_path / "certs/localhost.pem", tmp_path / "certs/localhost-key.pem"
     assert made.startswith("Made certs/localhost.pem") and key.stat().st_mode & 0o777 == 0o600
     text = subprocess.run(["openssl", "x509", "-in", cert, "-noout", "-text"], capture_output=True, text=True, check=True).stdout
     assert "DNS:localhost, IP Address:127.0.0.1, IP Address:0:0:0:0:0:0:0:1" in text and "prime256v1" in text
     before = cert.read_bytes()
-    assert subprocess.run(["make", "certs"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout == ""
+    assert subprocess.run(["make", "certs"], cwd=tmp_path, capture_output=True, text=True, check=True, env=ENVIRONMENT).stdout == ""
     assert cert.read_bytes() == before
     cert.unlink()
     tools = tmp_path / "bin"
@@ -1173,7 +1176,7 @@ def test_the_readmes_commands_work_as_printed(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
     (run, greeting), *commands = readme_blocks("sh")
-    environment = {**os.environ, "PORT": port, "PYTHON": sys.executable}
+    environment = {**ENVIRONMENT, "PORT": port, "PYTHON": sys.executable}
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen(run, shell=True, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
     try:
