@@ -36,12 +36,13 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
-import importlib
+import io
 import ipaddress
 import json
 import logging
 import math
 import os
+import pkgutil
 import queue
 import re
 import resource
@@ -107,10 +108,9 @@ class Refusal(Exception):  # noqa: N818 - the protocol's own word
         super().__init__(status, message)
         self.status, self.message, self.fields = int(status), message, fields
 
-    def reply(self, customer: str = "", raw: Mapping[str, Any] | None = None) -> Reply:
+    def reply(self, customer: str = "", raw: Mapping[str, Any] = {}) -> Reply:  # noqa: B006 - nobody changes it
         """The reply that says so."""
-        fields = {**ALSO.get(self.status, {}), **self.fields}
-        return Reply(self.status, {"message": self.message}, fields, customer, raw or {})
+        return Reply(self.status, {"message": self.message}, {**ALSO.get(self.status, {}), **self.fields}, customer, raw)
 
 
 def require(condition: object, status: int, message: str, culprit: object = None) -> None:
@@ -208,9 +208,9 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise Refusal(400, f"{what} is not JSON in UTF-8: {error}") from None
-    require(isinstance(value, dict), 400, f"{what} is not a JSON object")
+    require(isinstance(value, dict), 400, what + " is not a JSON object")
     few = text.count("{") + text.count("[") <= MAX_DEPTH  # as in almost every call: then they cannot be nested deeper
-    require(few or depth(value) <= MAX_DEPTH, 400, f"{what} is nested more than {MAX_DEPTH} deep")
+    require(few or depth(value) <= MAX_DEPTH, 400, what + " is nested more than %s deep", MAX_DEPTH)
     return value  # type: ignore[no-any-return]
 
 
@@ -349,9 +349,9 @@ UTC_TEXT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)
 def utc(time: Any) -> str:
     """An ISO 8601 time in UTC with milliseconds and Z; one that names no zone is in UTC already."""
     try:
-        moment = datetime.fromisoformat(time if ISO_8601.fullmatch(time) else "")
-        if UTC_TEXT.fullmatch(time):
+        if UTC_TEXT.fullmatch(time) and datetime.fromisoformat(time):
             return str(time)
+        moment = datetime.fromisoformat(time if ISO_8601.fullmatch(time) else "")
         moment = moment.astimezone(UTC) if moment.tzinfo else moment
         return moment.isoformat(timespec="milliseconds")[:23] + "Z"
     except (TypeError, ValueError, OverflowError):
@@ -381,7 +381,7 @@ def make_call(raw: dict[str, Any], customer: str, settings: dict[str, Any], now:
     some_id = fields.get("user_id") or fields.get("anonymous_id")
     require(some_id, 400, "The fields user_id and anonymous_id are both missing")
     needed = NEEDED.get(raw["type"], "type")
-    require(fields.get(needed), 400, f"The field {needed} is missing")
+    require(fields.get(needed), 400, "The field " + needed + " is missing")
     if "timestamp" not in fields:
         with suppress(ValueError):  # what the client's own clock said may be anything
             fields["timestamp"] = utc(raw.get("original_timestamp"))
@@ -422,6 +422,7 @@ def dispatch(handler: Callable[..., Any], call: Call) -> Reply:
 
 # ---- The ladder ------------------------------------------------------------------------------------------------------
 
+NOTHING: Mapping[str, Any] = {}
 HEALTH = "/health"  # for load balancers and monitors; it is no part of Segment's protocol
 
 Clock = Callable[[], str]  # the time now, as utc() writes it
@@ -450,7 +451,7 @@ class Endpoint(NamedTuple):
 def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
     """The protocol: the reply to a request. Every rung of this ladder refuses the request or passes it on."""
     method, headers = request.method, request.headers
-    customer, raw = "", dict[str, Any]()  # not known yet
+    customer, raw = "", NOTHING  # until that is known
     try:
         path = request.target.partition("?")[0]
         if path == HEALTH:
@@ -465,7 +466,7 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
         key = authenticate(headers, endpoint.keys, now)  # 401
         customer = key.customer
         require(request.length is not None, 411, "The Content-Length header is missing")
-        require((request.length or 0) <= endpoint.max_body, 413, f"The body is longer than {endpoint.max_body} bytes")
+        require((request.length or 0) <= endpoint.max_body, 413, "The body is longer than %s bytes", endpoint.max_body)
         media_type = headers.get("content-type", "application/json")
         require(is_json(media_type), 415, "The Content-Type %s is not application/json in UTF-8", media_type)
         coding = headers.get("content-encoding", "identity")
@@ -670,7 +671,7 @@ def parse_head(head: str, read: Callable[[], bytes]) -> tuple[Request, bool]:
     if not parts:
         raise Refusal(400, "The request line is not a method, a target and HTTP/1.1, with single blanks")
     method, target, major, minor = parts.groups()
-    require(len(target) <= MAX_TARGET, 414, f"The target is longer than {MAX_TARGET} bytes")
+    require(len(target) <= MAX_TARGET, 414, "The target is longer than %s bytes", MAX_TARGET)
     require(major == "1", 505, "Only HTTP/1.1 and HTTP/1.0 are spoken here")
     headers = parse_fields(lines)
     require(minor == "0" or "host" in headers, 400, "The Host header is missing")  # §3.2
@@ -683,7 +684,7 @@ def parse_head(head: str, read: Callable[[], bytes]) -> tuple[Request, bool]:
 def parse_fields(text: str) -> dict[str, str]:
     """The header fields by names in lower case; the values of one name are joined by commas (RFC 9110 §5.3)."""
     lines = text.split("\r\n")[:-1]
-    require(len(lines) <= MAX_FIELDS, 431, f"There are more than {MAX_FIELDS} header fields")
+    require(len(lines) <= MAX_FIELDS, 431, "There are more than %s header fields", MAX_FIELDS)
     if not FIELD_LINES.fullmatch(text):
         wrong = next(number for number, line in enumerate(lines, 1) if not re.fullmatch(FIELD_LINE, line + "\r\n"))
         raise Refusal(400, f"Header line {wrong} is not a name, a colon and a value")
@@ -709,6 +710,7 @@ def parse_length(text: str | None) -> int | None:
 
 CHUNK = 16_384  # bytes: the most that one record of TLS holds
 LINGER = 2.0  # seconds that a client has to read the last reply
+CRLF = "\r\n"
 REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -722,38 +724,45 @@ class Connection(BaseHTTPRequestHandler):
     """One client's connection in a thread of its own, from the handshake to the last reply."""
 
     server: Server
+    request: ssl.SSLSocket
+    rfile: io.BufferedReader
+    disable_nagle_algorithm = True
 
     def setup(self) -> None:
         """Wrap the socket in TLS; the handshake comes once the server knows this connection and its deadline."""
         self.deadline = time.monotonic() + self.server.options.timeout
         self.idle = self.served = self.hung_up = self.expects = False
-        self.buffer, self.unread = bytearray(), 0  # what was received; how much of a body is to be taken from there
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.unread = 0  # bytes of the request's body that are still to come
         tls = self.server.context
-        self.connection: ssl.SSLSocket = tls.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
+        self.request = tls.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
+        super().setup()
         self.server.connections.add(self)
 
     def handle(self) -> None:
         """The handshake, and then one request after another."""
         try:
-            self.connection.do_handshake()
+            self.request.do_handshake()
         except (ssl.SSLEOFError, ConnectionError):
             return  # somebody only looked whether the port is open
         except OSError as error:
             log.warning("TLS handshake with %s failed: %s", self.client_address[0], error)
             return
-        super().handle()
+        with suppress(OSError):  # the client is gone
+            super().handle()
 
     def handle_one_request(self) -> None:
         """One request and its reply; then close_connection says whether it was the last."""
         request, self.close_connection, options = None, True, self.server.options
-        if not self.begins():
-            return
+        self.idle = True
+        begins = self.rfile.peek(1)
+        self.idle = False
+        if not begins:
+            return  # the client has gone, or was silent for too long
         started = time.monotonic()
         if self.served:
             self.deadline = started + options.timeout
         try:
-            request, old = parse_head(self.take_head(), self.take_body)
+            request, old = parse_head(self.read_head(), self.read_body)
             wishes = request.headers.get("connection", "").lower()
             self.close_connection = (
                 "close" in wishes or (old and "keep-alive" not in wishes) or "transfer-encoding" in request.headers
@@ -769,84 +778,56 @@ class Connection(BaseHTTPRequestHandler):
         self.deadline = now + options.timeout
         self.send(reply, request)
         log_reply(reply, now - started)
-        self.drop_body()
+        if not self.close_connection:  # what is left of a refused body is dropped, so that the next request can be read
+            while self.unread and (dropped := self.rfile.read1(self.unread)):
+                self.unread -= len(dropped)
         self.served, self.deadline = True, now + options.keep_alive
 
-    def begins(self) -> bool:
-        """Whether another request begins; if not, the client has gone or was silent for too long."""
-        if not self.buffer:
-            self.idle = True
-            self.buffer += self.receive()
-            self.idle = False
-        return bool(self.buffer)
+    def read_head(self) -> str:
+        """The head, without the empty line that ends it. Refusal if it does not come whole, or is too long."""
+        here = self.rfile.peek()
+        if (end := here.find(b"\r\n\r\n")) > 0 and here[:1] != b"\r":  # mostly the head comes in one piece
+            return self.rfile.read(end + 4)[:-2].decode("latin-1")
+        head = bytearray()
+        while not head.endswith(b"\r\n\r\n"):
+            line = self.rfile.readline(MAX_HEAD - len(head))
+            head += line if head or line != b"\r\n" else b""  # RFC 9112 §2.2
+            too_long = b"\r\n" not in head and len(head) > MAX_TARGET + 99
+            require(not too_long, 414, "The target is longer than %s bytes", MAX_TARGET)
+            require(len(head) < MAX_HEAD, 431, "The head is longer than %s bytes", MAX_HEAD)
+            if not line.endswith(b"\n"):
+                self.came_to_an_end("The head")
+            require(line.endswith(b"\r\n"), 400, "A line of the head does not end in CR LF")
+        return head[:-2].decode("latin-1")
 
-    def receive(self) -> bytes:
-        """The next bytes; none at the end of the connection, however it came."""
-        try:
-            return self.connection.recv(CHUNK)
-        except OSError:
-            return b""
-
-    def receive_more(self, what: str) -> None:
-        """Add the next bytes to the buffer. Refusal if there are none, or not in time."""
-        more = b"" if time.monotonic() > self.deadline else self.receive()
-        if not more:
-            self.close_connection = True
-            require(not self.server.stopping, 503, "Shutting down")
-            in_time = time.monotonic() <= self.deadline
-            require(in_time, 408, f"{what} did not come within {self.server.options.timeout:g} seconds")
-            raise Refusal(400, f"{what} ended early")
-        self.buffer += more
-
-    def take_head(self) -> str:
-        """The next head, without the empty line that ends it."""
-        if self.buffer.startswith(b"\r\n"):
-            del self.buffer[:2]  # RFC 9112 §2.2
-        looked = 0
-        while (end := self.buffer.find(b"\r\n\r\n", looked)) < 0:
-            require(not BARE_LF.search(self.buffer, looked), 400, "A line of the head does not end in CR LF")
-            require(len(self.buffer) <= MAX_HEAD, 431, f"The head is longer than {MAX_HEAD} bytes")
-            in_line = len(self.buffer) > MAX_TARGET + 99 and b"\r\n" not in self.buffer
-            require(not in_line, 414, f"The target is longer than {MAX_TARGET} bytes")
-            looked = max(0, len(self.buffer) - 3)
-            self.receive_more("The head")
-        require(end <= MAX_HEAD, 431, f"The head is longer than {MAX_HEAD} bytes")
-        head = self.buffer[: end + 2].decode("latin-1")
-        del self.buffer[: end + 4]
-        return head
-
-    def take_body(self) -> bytes:
+    def read_body(self) -> bytes:
         """The body. The deadline is over then: what follows is our own work."""
-        if self.expects and not self.buffer:
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        while len(self.buffer) < self.unread:
-            self.receive_more("The body")
-        body = bytes(self.buffer[: self.unread])
-        del self.buffer[: self.unread]
+        if self.expects:
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = self.rfile.read(self.unread)
+        if len(body) < self.unread:
+            self.came_to_an_end("The body")
         self.unread, self.deadline = 0, math.inf
         return body
 
-    def drop_body(self) -> None:
-        """Read past a refused request's body, so that the next request can be answered."""
-        with suppress(Refusal):
-            while self.unread and not self.close_connection:
-                dropped = min(self.unread, len(self.buffer))
-                del self.buffer[:dropped]
-                self.unread -= dropped
-                if self.unread:
-                    self.receive_more("The body")
+    def came_to_an_end(self, what: str) -> NoReturn:
+        """Refuse a request of which something is missing."""
+        self.close_connection = True
+        require(not self.server.stopping, 503, "Shutting down")
+        require(not self.hung_up, 408, f"{what} did not come within {self.server.options.timeout:g} seconds")
+        raise Refusal(400, f"{what} ended early")
 
     def send(self, reply: Reply, request: Request | None) -> None:
         """Send a reply, in one write."""
         body = json.dumps(reply.body).encode() if reply.body else b""
-        head = f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, '')}\r\nDate: {http_date(int(time.time()))}\r\n"
-        head += "".join([f"{name}: {value}\r\n" for name, value in reply.fields.items()])
-        head += "Content-Type: application/json\r\n" if body else ""
-        head += f"Connection: {'close' if self.close_connection else 'keep-alive'}\r\nContent-Length: {len(body)}\r\n\r\n"
-        try:
-            self.connection.sendall(head.encode() + (b"" if request and request.method == "HEAD" else body))
-        except OSError:
-            self.close_connection = True
+        fields = {**reply.fields, "Content-Type": "application/json"} if body else reply.fields
+        head = (
+            f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, '')}\r\nDate: {http_date(int(time.time()))}\r\n"
+            f"{''.join([f'{name}: {value}{CRLF}' for name, value in fields.items()]) if fields else ''}"
+            f"Connection: {'close' if self.close_connection else 'keep-alive'}\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        without_body = request and request.method == "HEAD"
+        self.request.sendall(head.encode() if without_body else head.encode() + body)
 
     def hang_up(self) -> None:
         """End the connection from another thread: its reading, so that a reply can still go out; the second time all of it.
@@ -854,37 +835,37 @@ class Connection(BaseHTTPRequestHandler):
         It is the plain socket's shutdown, as that of SSLSocket would end the encryption while the other thread uses it.
         """
         how = socket.SHUT_RDWR if self.hung_up else socket.SHUT_RD
-        self.hung_up = True
+        self.hung_up, self.deadline = True, time.monotonic() + LINGER
         with suppress(OSError):
-            socket.socket.shutdown(self.connection, how)
+            socket.socket.shutdown(self.request, how)
 
     def finish(self) -> None:
         """Close, but let the client read the last reply before: closing on bytes unread would take it back."""
         self.deadline = time.monotonic() + LINGER
         with suppress(OSError, ValueError):
-            self.connection.setblocking(False)
+            self.request.setblocking(False)
             with suppress(OSError):
-                self.connection.unwrap()  # sends TLS's goodbye, and does not wait for the client's
-            socket.socket.shutdown(self.connection, socket.SHUT_WR)
-            self.connection.setblocking(True)
-            while time.monotonic() < self.deadline and socket.socket.recv(self.connection, CHUNK):
+                self.request.unwrap()  # sends TLS's goodbye, and does not wait for the client's
+            socket.socket.shutdown(self.request, socket.SHUT_WR)
+            self.request.setblocking(True)
+            while time.monotonic() < self.deadline and socket.socket.recv(self.request, CHUNK):
                 pass
         self.server.connections.discard(self)
-        self.connection.close()
+        self.request.close()
 
 
 def log_reply(reply: Reply, seconds: float) -> None:
     """One line about a request: what was answered, to which call of whom, how long it took, and why not 2xx."""
     level = logging.INFO if reply.status < 400 else logging.WARNING
-    if log.isEnabledFor(level):
-        raw = reply.raw
-        about = raw.get("type"), reply.customer, raw.get("user_id") or raw.get("anonymous_id"), raw.get("event") or raw.get("name")
-        words = [plain(word) if word else "-" for word in about] + ["duplicate"] * reply.duplicate
-        log.log(level, "%d %s %.1f ms %s", reply.status, " ".join(words), seconds * 1000, reply.body.get("message", ""))
-    if reply.error:
-        log.error("That was a fault of ours:", exc_info=reply.error)
-    if reply.raw and log.isEnabledFor(logging.DEBUG):
-        log.debug("%s", json.dumps(reply.raw, indent=4))
+    if not log.isEnabledFor(level):
+        return
+    raw = reply.raw
+    about = raw.get("type"), reply.customer, raw.get("user_id") or raw.get("anonymous_id"), raw.get("event") or raw.get("name")
+    words = [plain(word) if word else "-" for word in about] + ["duplicate"] * reply.duplicate
+    why = " " + reply.body["message"] if "message" in reply.body else ""
+    log.log(level, "%d %s %.1f ms%s", reply.status, " ".join(words), seconds * 1000, why, exc_info=reply.error)
+    if raw and log.isEnabledFor(logging.DEBUG):
+        log.debug("%s", json.dumps(raw, indent=4))
 
 
 def plain(word: object) -> str:
@@ -1119,9 +1100,8 @@ def load_destination(name: str) -> Destination:
     """An instance of the class MODULE:CLASS, from the import path or the current directory. ConfigurationError if not."""
     sys.modules.setdefault("receiver", sys.modules[__name__])  # for its `import receiver`: this program, no second copy
     sys.path.insert(0, os.getcwd())
-    module, _, attribute = name.partition(":")
     try:
-        made = getattr(importlib.import_module(module), attribute)()
+        made = pkgutil.resolve_name(name)()
     except Exception as error:
         raise ConfigurationError(f"destination {name}: {type(error).__name__}: {error}") from error
     if not isinstance(made, Destination):
@@ -1229,15 +1209,17 @@ def greeting(server: Server) -> str:
     """What to do next, for who has started the server by hand."""
     options, demo = server.options, DEMO_KEYS & server.receiver.endpoint.keys.keys()
     url = server.url.replace(str(options.bind), "localhost") if options.bind.is_unspecified else server.url
-    user, query = "segment" if demo else "YOUR_API_KEY", "select received_at, type, user_id from calls order by rowid desc limit 9"
-    return f"""
-Send a call from another terminal:
-    curl -i --cacert {options.tls_cert} -u {user}: {url} -H 'Content-Type: application/json' -d @fixtures/track.json
-""" + (f"""Calls go to {options.destination}.
-""" if options.destination else f"""Calls are stored in {options.database}. See the latest:
-    sqlite3 {options.database} '{query}'
-""") + (f"""Warning: {options.api_keys} holds demo keys, which everybody knows. Make your own with --add-key.
-""" if demo else "")
+    curl = f"curl -i --cacert {options.tls_cert} -u {'segment' if demo else 'YOUR_API_KEY'}: {url}"
+    query = "select received_at, type, user_id from calls order by rowid desc limit 9"
+    lines = ["", "Send a call from another terminal:"]
+    lines += [f"    {curl} -H 'Content-Type: application/json' -d @fixtures/track.json"]
+    if options.destination:
+        lines += [f"Calls go to {options.destination}."]
+    else:
+        lines += [f"Calls are stored in {options.database}. See the latest:", f"    sqlite3 {options.database} '{query}'"]
+    if demo:
+        lines += [f"Warning: {options.api_keys} holds demo keys, which everybody knows. Make your own with --add-key."]
+    return "\n".join([*lines, ""])
 
 
 def add_key(options: argparse.Namespace) -> None:
