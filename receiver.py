@@ -11,10 +11,10 @@ Segment forwards its customers' calls to an endpoint of yours, one HTTPS request
 
     {"type": "track", "user_id": "u1", "event": "Signed Up", "message_id": "m1"}
 
-It acts on the status that you answer. 200 (done) and 202 (will be done): delivered, and forgotten there. 400 (malformed),
-401 (key), 403 (permissions), 501 (unsupported type) and every other 4xx: dropped for good; `{"message": "why"}` in the
-reply's body is shown to the customer. 500, 503, 408 and 429: sent again, for hours. So the same call may come twice,
-calls come in any order, and a call that was answered 200 must never be lost.
+It acts on the status that you answer. 200 (done) and 202 (will be done): delivered, and forgotten there. 400
+(malformed), 401 (key), 403 (permissions), 501 (unsupported type) and every other 4xx: dropped for good;
+`{"message": "why"}` in the reply's body is shown to the customer. 500, 503, 408 and 429: sent again, for hours. So the
+same call may come twice, calls come in any order, and a call that was answered 200 must never be lost.
 
 Start it with `make run`, or use it from Python:
 
@@ -36,7 +36,6 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
-import io
 import ipaddress
 import json
 import logging
@@ -45,11 +44,9 @@ import os
 import pkgutil
 import queue
 import re
-import resource
 import secrets
 import signal
 import socket
-import socketserver
 import sqlite3
 import ssl
 import sys
@@ -61,12 +58,13 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import UTC, datetime
-from email.message import Message
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
+from itertools import accumulate
 from pathlib import Path
+from socketserver import ThreadingTCPServer
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
@@ -79,7 +77,7 @@ from typing import Any, NamedTuple, NoReturn
 
 # ---- What can be refused ---------------------------------------------------------------------------------------------
 
-# What else every reply of a status says: how to log in (RFC 7617 §2), after how many seconds to try again (RFC 9110 §10.2.3).
+# Header fields that a status always comes with: how to log in (RFC 7617 §2), and after how many seconds to try again.
 ALSO = {401: {"WWW-Authenticate": 'Basic realm="Segment calls", charset="UTF-8"'}, 503: {"Retry-After": "5"}}
 
 
@@ -92,25 +90,25 @@ class Reply(NamedTuple):
     customer: str = ""  # whose key it was, once that is known
     raw: Mapping[str, Any] = {}  # the call in snake_case, once that is known
     duplicate: bool = False  # the call was taken before
-    error: Exception | None = None  # the fault of ours behind a 500, for the log only
+    error: BaseException | None = None  # the fault of ours behind a 500, for the log only
 
 
 class Refusal(Exception):  # noqa: N818 - the protocol's own word
     """A request is not accepted: the status to answer, 400 to 599, and the message that the customer will read.
 
-    The status alone decides whether the sender drops the call or sends it again (PROTOCOL, "What to answer"): a fault of
-    ours that will pass is never a 4xx, a call that can never succeed is never a 5xx but 501.
+    The status alone decides whether the sender drops the call or sends it again (PROTOCOL, "What to answer"): a fault
+    of ours that will pass is never a 4xx, a call that can never succeed is never a 5xx but 501.
     """
 
-    def __init__(self, status: int, message: str, **fields: str) -> None:
+    def __init__(self, status: int, message: str) -> None:
         if not 400 <= status <= 599:
             raise ValueError(f"a refusal's status is from 400 to 599, not {status}")
         super().__init__(status, message)
-        self.status, self.message, self.fields = int(status), message, fields
+        self.status, self.message = int(status), str(message)
 
-    def reply(self, customer: str = "", raw: Mapping[str, Any] = {}) -> Reply:  # noqa: B006 - nobody changes it
+    def reply(self) -> Reply:
         """The reply that says so."""
-        return Reply(self.status, {"message": self.message}, {**ALSO.get(self.status, {}), **self.fields}, customer, raw)
+        return Reply(self.status, {"message": self.message}, ALSO.get(self.status, {}))
 
 
 def require(condition: object, status: int, message: str, culprit: object = None) -> None:
@@ -136,9 +134,9 @@ class Key(NamedTuple):
     expires: str | None = None  # in UTC
 
 
-def authenticate(headers: Mapping[str, str], keys: Mapping[str, Key], now: Clock) -> Key:
+def authenticate(authorization: str, keys: Mapping[str, Key], now: Clock) -> Key:
     """The key in the Authorization header: a username without a password (rung 5; RFC 7617 §2)."""
-    scheme, _, encoded = headers.get("authorization", "").partition(" ")
+    scheme, _, encoded = authorization.partition(" ")
     require(scheme, 401, "The Authorization header is missing")
     require(scheme.lower() == "basic", 401, "The scheme of the Authorization header is not Basic")
     try:
@@ -157,7 +155,7 @@ def authenticate(headers: Mapping[str, str], keys: Mapping[str, Key], now: Clock
 
 def parse_keys(text: str) -> dict[str, Key]:
     """The text of a keys file as keys by digest. ValueError names the entry that is wrong."""
-    entries, keys = json.loads(text), {}
+    entries, keys = json.loads(text), dict[str, Key]()
     if not isinstance(entries, list):
         raise ValueError("it is not a JSON array")
     for number, entry in enumerate(entries, 1):
@@ -165,13 +163,12 @@ def parse_keys(text: str) -> dict[str, Key]:
             digest, key = parse_key(**entry)  # Python itself refuses a member that is missing or that nobody knows
         except (TypeError, ValueError) as error:
             raise ValueError(f"entry {number}: {error}") from None
-        if digest in keys:
+        if keys.setdefault(digest, key) is not key:
             raise ValueError(f"entry {number}: this sha256 was there before")
-        keys[digest] = key
     return keys
 
 
-def parse_key(*, customer: str, sha256: str, calls: list[str] | None = None, expires: str | None = None) -> tuple[str, Key]:
+def parse_key(customer: str, sha256: str, calls: list[str] | None = None, expires: Any = None) -> tuple[str, Key]:
     """One entry of a keys file. TypeError or ValueError says what is wrong with it."""
     if not isinstance(customer, str) or not customer:
         raise ValueError("customer is not a name")
@@ -180,23 +177,18 @@ def parse_key(*, customer: str, sha256: str, calls: list[str] | None = None, exp
     if calls is not None and not (isinstance(calls, list) and CALLS.keys() >= set(calls)):
         raise ValueError(f"calls is not an array of {', '.join(CALLS)}")
     try:
-        return sha256, Key(customer, None if calls is None else frozenset(calls), None if expires is None else utc(expires))
+        until = None if expires is None else utc(expires)
     except ValueError as error:
         raise ValueError(f"expires is {error}") from None
+    return sha256, Key(customer, None if calls is None else frozenset(calls), until)
 
 
 # ---- What they sent: the body ----------------------------------------------------------------------------------------
 
-MAX_DEPTH = 500  # arrays and objects in each other: what the JSON parsers of Python and SQLite can be relied on to read
-
-
-@lru_cache(maxsize=64)
-def is_json(content_type: str) -> bool:
-    """Whether a Content-Type is JSON, or a vendor's (RFC 6839 §3.1), and in no other charset than UTF-8."""
-    message = Message()
-    message["Content-Type"] = content_type
-    kind, charset = message.get_content_type(), message.get_content_charset("utf-8")
-    return bool(re.fullmatch(r"application/(.+\+)?json", kind)) and charset == "utf-8"
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 §5.6.2
+PARAMETER = rf'charset="?utf-8"?|(?!charset=){TOKEN}=(?:{TOKEN}|"[^"]*")'  # §5.6.6
+JSON_TYPE = re.compile(rf"application/(?:{TOKEN}\+)?json(?:[ \t]*;[ \t]*(?:{PARAMETER})?)*+", re.I)  # RFC 6839 §3.1
+MAX_DEPTH = 500  # arrays and objects in each other: what the JSON parsers of Python and SQLite are sure to read
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
@@ -209,39 +201,32 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise Refusal(400, f"{what} is not JSON in UTF-8: {error}") from None
     require(isinstance(value, dict), 400, what + " is not a JSON object")
-    few = text.count("{") + text.count("[") <= MAX_DEPTH  # as in almost every call: then they cannot be nested deeper
-    require(few or depth(value) <= MAX_DEPTH, 400, what + " is nested more than %s deep", MAX_DEPTH)
+    few = text.count("{") + text.count("[") <= MAX_DEPTH  # as in almost every call
+    require(few or depth(text) <= MAX_DEPTH, 400, what + " is nested more than %s deep", MAX_DEPTH)
     return value  # type: ignore[no-any-return]
 
 
-def depth(value: Any) -> int:
-    """How many arrays and objects are in each other, counted level by level."""
-    levels, level = 0, [value]
-    while level := [item for item in level if isinstance(item, dict | list)]:
-        levels += 1
-        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
-    return levels
+def depth(text: str) -> int:
+    """How many arrays and objects are in each other in a JSON text."""
+    brackets = re.sub(r'"(\\.|[^"\\])*"|[^][{}]', "", text)
+    return max(accumulate(1 if bracket in "[{" else -1 for bracket in brackets))
 
 
-def parse_real(text: str) -> float:
-    """A number with a fraction or exponent. ValueError for what Python knows beyond JSON, as NaN, or a double cannot hold."""
-    if not math.isfinite(number := float(text)):
+def parse_number(text: str) -> int | float:
+    """A number as it is. ValueError for what Python knows beyond JSON, as NaN, and for what a double cannot hold.
+
+    A whole number that large would overflow in whoever reads it next.
+    """
+    value = float(text)
+    if not math.isfinite(value):
         raise ValueError(f"{quoted(text)} is not a number that fits a double")
-    return number
+    return int(text) if text.lstrip("-").isdigit() else value
 
 
-def parse_whole(text: str) -> int:
-    """A number without fraction or exponent; one too large for a double would overflow in whoever reads it next."""
-    if len(text) > 300:
-        parse_real(text)
-    return int(text)
-
-
-@lru_cache(maxsize=4096)
 def snake_case(key: str) -> str:
     """A key in snake_case: `userId`, `UserID`, `user-id`, `User Id` and `user_id` are all `user_id`.
 
-    A capital starts a word after a small letter or a digit, and as the last of a run (`HTMLParser` is `html_parser`).
+    A capital starts a word after a small letter or a digit, and as the last of a run (`HTMLParser`: `html_parser`).
     """
     words = ""
     for before, letter, after in zip(" " + key, key, key[1:] + " ", strict=False):
@@ -250,14 +235,15 @@ def snake_case(key: str) -> str:
     return words.lower()
 
 
-KNOWN: set[str] = set()  # keys in snake_case that came before; these and those in the cache are few and short, whoever sends
+remembered = lru_cache(maxsize=4096)(snake_case)
+KNOWN: set[str] = set()  # keys that came in snake_case before; like those remembered they are few and short
 
 
 def snake_keys(sent: dict[str, Any]) -> dict[str, Any]:
-    """One object with its keys in snake_case. Where two become one, who had the name keeps it, else the first one gets it."""
+    """One object, its keys in snake_case. Where two become one, who had the name keeps it, else the first gets it."""
     if KNOWN.issuperset(sent):
         return sent
-    names = {key: snake_case(key) if len(key) <= 64 else snake_case.__wrapped__(key) for key in sent}
+    names = {key: remembered(key) if len(key) <= 64 else snake_case(key) for key in sent}
     taken = {key for key, name in names.items() if key == name}
     if len(KNOWN) < 4096:
         KNOWN.update(key for key in taken if len(key) <= 64)
@@ -268,13 +254,15 @@ def snake_keys(sent: dict[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-DECODER = json.JSONDecoder(object_hook=snake_keys, parse_float=parse_real, parse_int=parse_whole, parse_constant=parse_real)
+DECODER = json.JSONDecoder(
+    object_hook=snake_keys, parse_int=parse_number, parse_float=parse_number, parse_constant=parse_number
+)
 
 
 def parse_settings(encoded: str | None) -> dict[str, Any]:
     """The customer's other settings in X-Segment-Settings: base64 of a JSON object (rung 7)."""
     try:
-        return parse_object(base64.b64decode(encoded, validate=True), "X-Segment-Settings") if encoded is not None else {}
+        return {} if encoded is None else parse_object(base64.b64decode(encoded, validate=True), "X-Segment-Settings")
     except ValueError:
         raise Refusal(400, "X-Segment-Settings is not base64") from None
 
@@ -291,23 +279,23 @@ CALLS: dict[str, tuple[str, ...]] = {
     "screen": ("user_id", "name", "properties"),  # where in an app are they doing it?
     "alias": ("user_id", "previous_id"),  # who were they before?
 }
-NEEDED = {"track": "event", "group": "group_id", "alias": "previous_id", "delete": "user_id"}  # a page may have no name
+NEEDED = {"track": "event", "group": "group_id", "delete": "user_id", "alias": "previous_id"}  # besides some id
 
 
 class Call(SimpleNamespace):
-    """One call, checked. Its fields are those of PROTOCOL, "What arrives"; what is absent or null is None, an object {}."""
+    """One call, checked, with the fields of PROTOCOL, "What arrives"; an absent one is None, an absent object {}."""
 
     customer: str  # whose key it came with
     type: str
-    user_id: str | None = None  # one of the two ids is there
-    anonymous_id: str | None = None
+    user_id: str | None = None  # the customer's id of the user
+    anonymous_id: str | None = None  # stands in for it; one of the two is there
     event: str | None = None  # track
     name: str | None = None  # page and screen
     group_id: str | None = None  # group
     previous_id: str | None = None  # alias
     traits: dict[str, Any]  # identify: of the user; group: of the group
     properties: dict[str, Any]  # track, page and screen
-    context: dict[str, Any]
+    context: dict[str, Any]  # ip, user agent, library, campaign, ...
     message_id: str  # unique per call, the same on a retry or a replay; made here if it came without
     timestamp: str  # when it happened, the time to order by: in UTC with milliseconds and Z, so that it sorts as text
     sent_at: str | None = None  # likewise
@@ -317,19 +305,20 @@ class Call(SimpleNamespace):
     version: Any = None
     settings: dict[str, Any]  # from X-Segment-Settings
     raw: dict[str, Any]  # the whole object in snake_case
+    duplicate = False  # a destination sets this where the call came before, and the log will say so
 
 
 def an_id(value: Any) -> str | None:
-    """An id as text; a whole number is taken as its digits, and an empty id as none."""
-    if isinstance(value, str):
-        return value or None
+    """An id as text: a whole number as its digits, an empty id as none. ValueError says what it is not, as below."""
     if type(value) is int:
         return str(value)
+    if isinstance(value, str):
+        return value or None
     raise ValueError("not a string or a whole number")
 
 
 def a_string(value: Any) -> str:
-    """A string as it is; ValueError says what else it should have been. So do the others."""
+    """A string as it is."""
     if isinstance(value, str):
         return value
     raise ValueError("not a string")
@@ -358,26 +347,30 @@ def utc(time: Any) -> str:
         raise ValueError("not an ISO 8601 time") from None
 
 
-CHECKS: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("user_id", "anonymous_id", "message_id", "group_id", "previous_id"), an_id),
-    **dict.fromkeys(("event", "name"), a_string),
+def as_it_came(value: Any) -> Any:
+    """Anything: a field that only some destination knows what to do with, or that is no field of this type of call."""
+    return value
+
+
+ALWAYS = {
+    **dict.fromkeys(("user_id", "anonymous_id", "message_id"), an_id),
     **dict.fromkeys(("traits", "properties", "context"), an_object),
     **dict.fromkeys(("timestamp", "sent_at"), utc),
 }
-ALWAYS = ("user_id", "anonymous_id", "message_id", "traits", "properties", "context", "timestamp", "sent_at")
-CHECKED = {kind: [(field, CHECKS[field]) for field in {*ALWAYS, *fields}] for kind, fields in CALLS.items()}
-FIELDS = Call.__annotations__.keys() - {"customer", "settings", "raw"}
+IN_ITS_ROW = {"event": a_string, "name": a_string, "group_id": an_id, "previous_id": an_id}
+FIELDS = dict.fromkeys(Call.__annotations__.keys() - {"customer", "settings", "raw"}, as_it_came) | ALWAYS
+CHECKS = {kind: FIELDS | {field: IN_ITS_ROW[field] for field in IN_ITS_ROW.keys() & row} for kind, row in CALLS.items()}
 
 
 def make_call(raw: dict[str, Any], customer: str, settings: dict[str, Any], now: Clock) -> Call:
     """The call with each field of the right kind, and what may be absent filled in (rung 10)."""
-    fields = {field: value for field, value in raw.items() if value is not None and field in FIELDS}
-    for field, check in CHECKED[raw["type"]]:
-        if field in fields:
-            try:
-                fields[field] = check(fields[field])
-            except ValueError as error:
-                raise Refusal(400, f"The field {field} is {error}") from None
+    checks, fields, field = CHECKS[raw["type"]], dict[str, Any](), ""
+    try:
+        for field, value in raw.items():
+            if value is not None and field in checks:
+                fields[field] = checks[field](value)
+    except ValueError as error:
+        raise Refusal(400, f"The field {field} is {error}") from None
     some_id = fields.get("user_id") or fields.get("anonymous_id")
     require(some_id, 400, "The fields user_id and anonymous_id are both missing")
     needed = NEEDED.get(raw["type"], "type")
@@ -395,15 +388,13 @@ def make_call(raw: dict[str, Any], customer: str, settings: dict[str, Any], now:
 
 # ---- What to do with it ----------------------------------------------------------------------------------------------
 
-ACCEPTED = HTTPStatus.ACCEPTED  # a handler returns this for 202: taken, but not done yet
-DUPLICATE = HTTPStatus.ALREADY_REPORTED  # or this for a call that came before: answered 200, and logged as a duplicate
-
 
 class Destination:
     """Where calls go. A subclass supports the types of call that it has methods for, named and called as CALLS says.
 
     Each gets the whole call as its last argument: `identify(user_id, traits, call)`. It returns nothing for 200, or
-    ACCEPTED for 202; it raises Refusal to refuse; any other exception is a 500. Several threads call at the same time.
+    HTTPStatus.ACCEPTED for 202; it raises Refusal to refuse; any other exception is a 500. Threads call it at the same
+    time.
     """
 
     def close(self) -> None:
@@ -413,16 +404,13 @@ class Destination:
 def dispatch(handler: Callable[..., Any], call: Call) -> Reply:
     """What the handler answers (rung 11). TypeError if that is no answer."""
     outcome = handler(*[getattr(call, field) for field in CALLS[call.type]], call)
-    if outcome is None:
-        outcome = HTTPStatus.OK
-    elif outcome not in (HTTPStatus.OK, ACCEPTED, DUPLICATE):
-        raise TypeError(f"{handler} returned {outcome!r}, which is none of None, ACCEPTED and DUPLICATE")
-    return Reply(202 if outcome == ACCEPTED else 200, {}, {}, call.customer, call.raw, outcome == DUPLICATE)
+    if outcome not in (None, HTTPStatus.OK, HTTPStatus.ACCEPTED):
+        raise TypeError(f"{handler} returned {outcome!r}, which is neither None nor HTTPStatus.ACCEPTED")
+    return Reply(outcome or 200, {}, {}, call.customer, call.raw, call.duplicate)
 
 
 # ---- The ladder ------------------------------------------------------------------------------------------------------
 
-NOTHING: Mapping[str, Any] = {}
 HEALTH = "/health"  # for load balancers and monitors; it is no part of Segment's protocol
 
 Clock = Callable[[], str]  # the time now, as utc() writes it
@@ -451,24 +439,23 @@ class Endpoint(NamedTuple):
 def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
     """The protocol: the reply to a request. Every rung of this ladder refuses the request or passes it on."""
     method, headers = request.method, request.headers
-    customer, raw = "", NOTHING  # until that is known
+    customer, raw = "", dict[str, Any]()  # not known yet
     try:
         path = request.target.partition("?")[0]
-        if path == HEALTH:
-            if method not in ("GET", "HEAD"):
-                raise Refusal(405, f"The method {quoted(method)} is not allowed here", Allow="GET, HEAD")
-            require(not endpoint.maintenance, 503, "Down for maintenance")
-            return Reply(200, {"status": "ok"})
-        require(path == endpoint.path, 404, "There is nothing at %s", path)
-        if method != "POST":
-            raise Refusal(405, f"The method {quoted(method)} is not allowed, only POST", Allow="POST")
+        require(path in (endpoint.path, HEALTH), 404, "There is nothing at %s", path)
+        allowed = ("GET", "HEAD") if path == HEALTH else ("POST",)
+        if method not in allowed:
+            only = ", ".join(allowed)
+            return Reply(405, {"message": f"The method {quoted(method)} is not allowed, only {only}"}, {"Allow": only})
         require(not endpoint.maintenance, 503, "Down for maintenance")
-        key = authenticate(headers, endpoint.keys, now)  # 401
+        if path == HEALTH:
+            return Reply(200, {"status": "ok"})
+        key = authenticate(headers.get("authorization", ""), endpoint.keys, now)  # 401
         customer = key.customer
         require(request.length is not None, 411, "The Content-Length header is missing")
         require((request.length or 0) <= endpoint.max_body, 413, "The body is longer than %s bytes", endpoint.max_body)
-        media_type = headers.get("content-type", "application/json")
-        require(is_json(media_type), 415, "The Content-Type %s is not application/json in UTF-8", media_type)
+        media = headers.get("content-type", "application/json")
+        require(JSON_TYPE.fullmatch(media), 415, "The Content-Type %s is not application/json in UTF-8", media)
         coding = headers.get("content-encoding", "identity")
         require(coding.lower() == "identity", 415, "The Content-Encoding %s is not identity", coding)
         raw = parse_object(request.read(), "The body")  # 408, 400
@@ -483,8 +470,8 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
         call = make_call(raw, customer, settings, now)  # 400
         return dispatch(handler, call)  # 200, 202, or what the destination refuses
     except Refusal as refusal:
-        return refusal.reply(customer, raw)
-    except Exception as error:  # a fault of ours, of which the outside learns nothing
+        return refusal.reply()._replace(customer=customer, raw=raw)
+    except BaseException as error:  # a fault of ours, of which the outside learns nothing
         return Reply(500, {"message": "Internal error"}, {}, customer, raw, error=error)
 
 
@@ -495,8 +482,8 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
 # that table: so nothing is lost, and in which order calls arrive never matters.
 # ======================================================================================================================
 
-# The traits of one user or account: each from the newest call that sets it, of equals from the last received. `->` gives
-# a trait's own JSON, exact to the last digit, but cannot name a trait with a quotation mark in its name.
+# The traits of one user or account: each from the newest call that sets it, of equals from the last received. `->`
+# gives a trait's own JSON, exact to the last digit, but cannot name a trait with a quotation mark in its name.
 TRAITS = """(select json_group_object(trait, json(value)) from (
         select t.key as trait, row_number() over (partition by t.key order by c.timestamp desc, c.rowid desc) as age,
             coalesce(c.call -> t.fullkey, case when t.type in ('object', 'array') then t.value
@@ -504,21 +491,20 @@ TRAITS = """(select json_group_object(trait, json(value)) from (
         from calls c, json_each(c.call, '$.traits') t where c.customer = o.customer and {theirs}) where age = 1)"""
 GROUP_ID = "cast(json_extract(call, '$.group_id') as text)"
 COMMON = "customer, message_id, user_id, anonymous_id, timestamp, received_at, call -> '$.context' as context"
-PROPERTIES = "coalesce(call -> '$.properties', '{}') as properties from calls"
+OWN_TRAITS, PROPERTIES = (f"coalesce(call -> '$.{name}', '{{}}') as {name}" for name in ("traits", "properties"))
 FIRST_LAST = "min(timestamp) as first_seen, max(timestamp) as last_seen"
 
 APPLICATION_ID, SCHEMA_VERSION = 0x5365676D, 1  # "Segm": in the header of the database files that are ours
 SCHEMA = f"""
-create table calls (customer text not null, message_id text not null, type text not null, user_id text, anonymous_id text,
-    timestamp text not null, received_at text not null, call text not null, primary key (customer, message_id));
+create table calls (customer text not null, message_id text not null, type text not null, user_id text,
+    anonymous_id text, timestamp text not null, received_at text not null, call text not null,
+    primary key (customer, message_id));
 create index calls_by_user on calls (customer, user_id, type, timestamp);
 create index calls_by_group on calls (customer, {GROUP_ID}, timestamp, user_id) where type = 'group';
-create view identifies as
-    select {COMMON}, coalesce(call -> '$.traits', '{{}}') as traits from calls where type = 'identify';
-create view tracks as select {COMMON}, call ->> '$.event' as event, {PROPERTIES} where type = 'track';
-create view pages as select {COMMON}, call ->> '$.name' as name, {PROPERTIES} where type = 'page';
-create view groups as
-    select {COMMON}, {GROUP_ID} as group_id, coalesce(call -> '$.traits', '{{}}') as traits from calls where type = 'group';
+create view identifies as select {COMMON}, {OWN_TRAITS} from calls where type = 'identify';
+create view tracks as select {COMMON}, call ->> '$.event' as event, {PROPERTIES} from calls where type = 'track';
+create view pages as select {COMMON}, call ->> '$.name' as name, {PROPERTIES} from calls where type = 'page';
+create view groups as select {COMMON}, {GROUP_ID} as group_id, {OWN_TRAITS} from calls where type = 'group';
 create view users as select customer, user_id,
     {TRAITS.format(theirs="c.user_id = o.user_id and c.type = 'identify'")} as traits, {FIRST_LAST}
     from calls o where user_id is not null group by customer, user_id;
@@ -533,9 +519,11 @@ SAVE = """insert into calls values (?, ?, ?, ?, ?, ?, strftime('%Y-%m-%dT%H:%M:%
     on conflict (customer, message_id) do nothing"""
 FORGET = "delete from calls where customer = ? and user_id = ?"
 
-# Seconds. The sender waits for an answer for 5; a call may have to wait for a lock while the calls before it do, and again.
+# Seconds. The sender waits for 5; a call may have to wait for a lock while the calls before it do, and then again.
 LOCK_WAIT, ANSWER_WAIT = 2.0, 4.5
 MOST_AT_ONCE = 1000  # calls in one transaction
+
+Change = tuple[str, tuple[Any, ...], "Future[int]"]  # a statement, its values, and how many rows it changed
 
 
 class ConfigurationError(ValueError):
@@ -554,15 +542,15 @@ class Store(Destination):
             self._db = open_database(path)
         except (OSError, sqlite3.Error) as error:
             raise ConfigurationError(f"{path}: {error}") from None
-        self._waiting: queue.SimpleQueue[tuple[str, tuple[Any, ...], Future[int]] | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[Change | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, daemon=True)
         self._writer.start()
 
-    def _keep(self, *fields: Any) -> HTTPStatus | None:
+    def _keep(self, *fields: Any) -> None:
         call: Call = fields[-1]
         text = json.dumps(call.raw, ensure_ascii=False, separators=(",", ":"))
         row = (call.customer, call.message_id, call.type, call.user_id, call.anonymous_id, call.timestamp, text)
-        return None if self._change(SAVE, row) else DUPLICATE
+        call.duplicate = not self._change(SAVE, row)
 
     identify = track = page = group = _keep
 
@@ -591,8 +579,8 @@ class Store(Destination):
             self._commit([change for change in batch if change and change[2].set_running_or_notify_cancel()])
         self._db.close()
 
-    def _commit(self, batch: list[tuple[str, tuple[Any, ...], Future[int]]]) -> None:
-        """Write these changes in one transaction and say in each what came of it. An error in one statement is its own."""
+    def _commit(self, batch: list[Change]) -> None:
+        """Write these changes in one transaction and tell each what came of it. An error in one is its own."""
         outcomes: list[int | Exception] = []
         try:
             self._db.execute("begin immediate")
@@ -617,7 +605,7 @@ class Store(Destination):
 
 
 def open_database(path: str) -> sqlite3.Connection:
-    """A connection to the database, made if the file is not there. ConfigurationError, OSError or sqlite3.Error if not."""
+    """A connection to the database, which is made if it is not there. ConfigurationError if it is not ours."""
     header = b""
     with suppress(FileNotFoundError), open(path, "rb") as file:
         header = file.read(100)  # by hand, as SQLite would change some files by only opening them
@@ -634,7 +622,7 @@ def open_database(path: str) -> sqlite3.Connection:
                 db.execute(statement)
         db.execute("commit")
         for setting in ("journal_mode = wal", "synchronous = full", "secure_delete = on"):
-            db.execute(f"pragma {setting}")  # so that a commit is on disk, and who is forgotten not left in unused pages
+            db.execute(f"pragma {setting}")  # so that a commit is on disk, and who is forgotten is in no unused page
     except sqlite3.Error:
         db.close()
         raise
@@ -656,7 +644,6 @@ log = logging.getLogger("receiver")
 # smuggled. So this is the grammar of RFC 9112 and no more, and whatever it does not know ends the connection.
 
 MAX_TARGET, MAX_HEAD, MAX_FIELDS = 8192, 65_536, 100
-TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 §5.6.2
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")  # RFC 9112 §3
 FIELD_LINE = rf"{TOKEN}:[\t -~\x80-\xff]*\r\n"  # §5, without the obsolete folding of §5.2
 FIELD_LINES = re.compile(f"(?:{FIELD_LINE})*+")
@@ -665,7 +652,7 @@ ONLY_ONCE = {"host", "content-length", "content-type", "authorization"}  # where
 
 
 def parse_head(head: str, read: Callable[[], bytes]) -> tuple[Request, bool]:
-    """The request with this head, and whether it is HTTP/1.0. Refusal if it can be read in two ways, or in none."""
+    """The request with this head, and whether the connection persists. Refusal if there are two readings, or none."""
     line, _, lines = head.partition("\r\n")
     parts = REQUEST_LINE.fullmatch(line)
     if not parts:
@@ -676,9 +663,13 @@ def parse_head(head: str, read: Callable[[], bytes]) -> tuple[Request, bool]:
     headers = parse_fields(lines)
     require(minor == "0" or "host" in headers, 400, "The Host header is missing")  # §3.2
     length = parse_length(headers.get("content-length"))
-    both = length is not None and "transfer-encoding" in headers
-    require(not both, 400, "There are both a Transfer-Encoding and a Content-Length")  # §6.1
-    return Request(method, target, headers, length, read), minor == "0"
+    chunked = "transfer-encoding" in headers
+    require(length is None or not chunked, 400, "There are both a Transfer-Encoding and a Content-Length")  # §6.1
+    if minor == "0":
+        headers.pop("expect", None)  # RFC 9110 §10.1.1
+    wishes = headers.get("connection", "").lower()
+    persists = "close" not in wishes and (minor != "0" or "keep-alive" in wishes) and not chunked  # §9.3
+    return Request(method, target, headers, length, read), persists
 
 
 def parse_fields(text: str) -> dict[str, str]:
@@ -688,13 +679,14 @@ def parse_fields(text: str) -> dict[str, str]:
     if not FIELD_LINES.fullmatch(text):
         wrong = next(number for number, line in enumerate(lines, 1) if not re.fullmatch(FIELD_LINE, line + "\r\n"))
         raise Refusal(400, f"Header line {wrong} is not a name, a colon and a value")
-    fields = [line.partition(":") for line in lines]
-    headers = {name.lower(): value.strip(" \t") for name, _, value in fields}
-    if len(headers) < len(fields):
-        headers = {}
-        for name, _, value in fields:
-            require(name.lower() not in ONLY_ONCE & headers.keys(), 400, "The header %s is there twice", name)
-            headers[name.lower()] = ", ".join(filter(None, (headers.get(name.lower()), value.strip(" \t"))))
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        if name in headers:
+            require(name not in ONLY_ONCE, 400, "The header %s is there twice", name)
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
     return headers
 
 
@@ -710,7 +702,6 @@ def parse_length(text: str | None) -> int | None:
 
 CHUNK = 16_384  # bytes: the most that one record of TLS holds
 LINGER = 2.0  # seconds that a client has to read the last reply
-CRLF = "\r\n"
 REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -724,134 +715,117 @@ class Connection(BaseHTTPRequestHandler):
     """One client's connection in a thread of its own, from the handshake to the last reply."""
 
     server: Server
-    request: ssl.SSLSocket
-    rfile: io.BufferedReader
-    disable_nagle_algorithm = True
 
     def setup(self) -> None:
-        """Wrap the socket in TLS; the handshake comes once the server knows this connection and its deadline."""
-        self.deadline = time.monotonic() + self.server.options.timeout
-        self.idle = self.served = self.hung_up = self.expects = False
-        self.unread = 0  # bytes of the request's body that are still to come
-        tls = self.server.context
-        self.request = tls.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
-        super().setup()
+        """Prepare TLS; the handshake comes once the server knows this connection and its deadline."""
+        self.deadline = time.monotonic() + self.server.options.timeout  # when the server hangs up
+        self.idle = self.hung_up = self.expects = False
+        self.buffer, self.unread = bytearray(), 0  # what was received; how much of a body is to come, or there already
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.tls = self.server.context.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
         self.server.connections.add(self)
 
     def handle(self) -> None:
         """The handshake, and then one request after another."""
-        try:
-            self.request.do_handshake()
-        except (ssl.SSLEOFError, ConnectionError):
-            return  # somebody only looked whether the port is open
-        except OSError as error:
-            log.warning("TLS handshake with %s failed: %s", self.client_address[0], error)
-            return
+        self.tls.do_handshake()
         with suppress(OSError):  # the client is gone
             super().handle()
 
     def handle_one_request(self) -> None:
         """One request and its reply; then close_connection says whether it was the last."""
-        request, self.close_connection, options = None, True, self.server.options
-        self.idle = True
-        begins = self.rfile.peek(1)
-        self.idle = False
-        if not begins:
+        self.close_connection, options = True, self.server.options
+        if not self.buffer:
+            self.buffer += self.tls.recv(CHUNK)
+        if not self.buffer:
             return  # the client has gone, or was silent for too long
         started = time.monotonic()
-        if self.served:
-            self.deadline = started + options.timeout
+        if self.idle:
+            self.idle, self.deadline = False, started + options.timeout
+        method, persists = "", False
         try:
-            request, old = parse_head(self.read_head(), self.read_body)
-            wishes = request.headers.get("connection", "").lower()
-            self.close_connection = (
-                "close" in wishes or (old and "keep-alive" not in wishes) or "transfer-encoding" in request.headers
-            )
-            self.expects = not old and request.headers.get("expect", "").lower() == "100-continue"
-            self.unread = request.length or 0
-            reply = self.server.receiver.reply(request)
+            request, persists = parse_head(self.read_head(), self.read_body)
+            method, self.unread = request.method, request.length or 0
+            self.expects = request.headers.get("expect", "").lower() == "100-continue"
+            reply = answer(request, self.server.receiver.endpoint, utc_now)
         except Refusal as refusal:
             reply = refusal.reply()
-        ends = self.unread and (self.expects or self.unread > options.max_body)  # where a refused body is not to be read
-        self.close_connection = self.close_connection or self.server.stopping or bool(ends)
-        now = time.monotonic()
-        self.deadline = now + options.timeout
-        self.send(reply, request)
-        log_reply(reply, now - started)
-        if not self.close_connection:  # what is left of a refused body is dropped, so that the next request can be read
-            while self.unread and (dropped := self.rfile.read1(self.unread)):
-                self.unread -= len(dropped)
-        self.served, self.deadline = True, now + options.keep_alive
+        log_reply(reply, time.monotonic() - started)
+        # Where nobody knows whether a refused body comes, or it is too long to be read past, the connection ends.
+        ends = self.unread and (self.expects or self.unread > options.max_body)
+        self.close_connection = not persists or self.server.stopping or self.hung_up or bool(ends)
+        self.deadline = time.monotonic() + options.timeout
+        self.send(reply, method != "HEAD")
+        if not self.close_connection:
+            with suppress(Refusal):
+                self.read_body()  # what is left of a refused one
+        self.idle, self.deadline = True, time.monotonic() + options.keep_alive
+
+    def receive(self, what: str) -> None:
+        """Add what comes next to the buffer, in the middle of a request. Refusal if nothing does."""
+        received = b"" if self.hung_up else self.tls.recv(CHUNK)
+        self.buffer += received
+        if not received:
+            self.close_connection = True
+            require(not self.server.stopping, 503, "Shutting down")
+            require(not self.hung_up, 408, f"{what} did not come within {self.server.options.timeout:g} seconds")
+            raise Refusal(400, f"{what} ended early")
 
     def read_head(self) -> str:
-        """The head, without the empty line that ends it. Refusal if it does not come whole, or is too long."""
-        here = self.rfile.peek()
-        if (end := here.find(b"\r\n\r\n")) > 0 and here[:1] != b"\r":  # mostly the head comes in one piece
-            return self.rfile.read(end + 4)[:-2].decode("latin-1")
-        head = bytearray()
-        while not head.endswith(b"\r\n\r\n"):
-            line = self.rfile.readline(MAX_HEAD - len(head))
-            head += line if head or line != b"\r\n" else b""  # RFC 9112 §2.2
-            too_long = b"\r\n" not in head and len(head) > MAX_TARGET + 99
-            require(not too_long, 414, "The target is longer than %s bytes", MAX_TARGET)
-            require(len(head) < MAX_HEAD, 431, "The head is longer than %s bytes", MAX_HEAD)
-            if not line.endswith(b"\n"):
-                self.came_to_an_end("The head")
-            require(line.endswith(b"\r\n"), 400, "A line of the head does not end in CR LF")
-        return head[:-2].decode("latin-1")
+        """The head, with the end of its last line but without the empty line. Refusal if it does not come whole."""
+        while (end := self.buffer.find(b"\r\n\r\n")) < 0 or end > MAX_HEAD:
+            require(not BARE_LF.search(self.buffer), 400, "A line of the head does not end in CR LF")
+            require(len(self.buffer) <= MAX_HEAD, 431, "The head is longer than %s bytes", MAX_HEAD)
+            in_line = len(self.buffer) > MAX_TARGET + 99 and b"\r\n" not in self.buffer
+            require(not in_line, 414, "The target is longer than %s bytes", MAX_TARGET)
+            self.receive("The head")
+        head = self.buffer[: end + 2].decode("latin-1")
+        del self.buffer[: end + 4]
+        return head.removeprefix("\r\n")  # RFC 9112 §2.2
 
     def read_body(self) -> bytes:
         """The body. The deadline is over then: what follows is our own work."""
-        if self.expects:
-            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self.rfile.read(self.unread)
-        if len(body) < self.unread:
-            self.came_to_an_end("The body")
+        if self.expects and self.unread and not self.buffer:
+            self.tls.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while len(self.buffer) < self.unread:
+            self.receive("The body")
+        body = bytes(self.buffer[: self.unread])
+        del self.buffer[: self.unread]
         self.unread, self.deadline = 0, math.inf
         return body
 
-    def came_to_an_end(self, what: str) -> NoReturn:
-        """Refuse a request of which something is missing."""
-        self.close_connection = True
-        require(not self.server.stopping, 503, "Shutting down")
-        require(not self.hung_up, 408, f"{what} did not come within {self.server.options.timeout:g} seconds")
-        raise Refusal(400, f"{what} ended early")
-
-    def send(self, reply: Reply, request: Request | None) -> None:
+    def send(self, reply: Reply, with_body: bool) -> None:
         """Send a reply, in one write."""
-        body = json.dumps(reply.body).encode() if reply.body else b""
+        body = json.dumps(reply.body) if reply.body else ""
         fields = {**reply.fields, "Content-Type": "application/json"} if body else reply.fields
+        lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
         head = (
-            f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, '')}\r\nDate: {http_date(int(time.time()))}\r\n"
-            f"{''.join([f'{name}: {value}{CRLF}' for name, value in fields.items()]) if fields else ''}"
+            f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, '')}\r\nDate: {http_date(int(time.time()))}\r\n{lines}"
             f"Connection: {'close' if self.close_connection else 'keep-alive'}\r\nContent-Length: {len(body)}\r\n\r\n"
         )
-        without_body = request and request.method == "HEAD"
-        self.request.sendall(head.encode() if without_body else head.encode() + body)
+        self.tls.sendall((head + body if with_body else head).encode())
 
     def hang_up(self) -> None:
-        """End the connection from another thread: its reading, so that a reply can still go out; the second time all of it.
+        """End the connection from another thread: first its reading, so that a reply can still go out, then all of it.
 
-        It is the plain socket's shutdown, as that of SSLSocket would end the encryption while the other thread uses it.
+        It is the plain socket's shutdown, as that of SSLSocket would end the encryption that the other thread uses.
         """
         how = socket.SHUT_RDWR if self.hung_up else socket.SHUT_RD
         self.hung_up, self.deadline = True, time.monotonic() + LINGER
         with suppress(OSError):
-            socket.socket.shutdown(self.request, how)
+            socket.socket.shutdown(self.tls, how)
 
     def finish(self) -> None:
         """Close, but let the client read the last reply before: closing on bytes unread would take it back."""
-        self.deadline = time.monotonic() + LINGER
+        end = time.monotonic() + LINGER
+        self.tls.settimeout(LINGER)
         with suppress(OSError, ValueError):
-            self.request.setblocking(False)
-            with suppress(OSError):
-                self.request.unwrap()  # sends TLS's goodbye, and does not wait for the client's
-            socket.socket.shutdown(self.request, socket.SHUT_WR)
-            self.request.setblocking(True)
-            while time.monotonic() < self.deadline and socket.socket.recv(self.request, CHUNK):
+            self.tls.unwrap()  # TLS's goodbye
+        with suppress(OSError):
+            socket.socket.shutdown(self.tls, socket.SHUT_WR)
+            while time.monotonic() < end and socket.socket.recv(self.tls, CHUNK):
                 pass
         self.server.connections.discard(self)
-        self.request.close()
+        self.tls.close()
 
 
 def log_reply(reply: Reply, seconds: float) -> None:
@@ -860,17 +834,19 @@ def log_reply(reply: Reply, seconds: float) -> None:
     if not log.isEnabledFor(level):
         return
     raw = reply.raw
-    about = raw.get("type"), reply.customer, raw.get("user_id") or raw.get("anonymous_id"), raw.get("event") or raw.get("name")
-    words = [plain(word) if word else "-" for word in about] + ["duplicate"] * reply.duplicate
-    why = " " + reply.body["message"] if "message" in reply.body else ""
-    log.log(level, "%d %s %.1f ms%s", reply.status, " ".join(words), seconds * 1000, why, exc_info=reply.error)
+    user, what = raw.get("user_id") or raw.get("anonymous_id"), raw.get("event") or raw.get("name")
+    words = [plain(word) if word else "-" for word in (raw.get("type"), reply.customer, user, what)]
+    why = reply.body.get("message", "")
+    words += ["duplicate"] * reply.duplicate + [f"{seconds * 1000:.1f} ms", why if why.isprintable() else quoted(why)]
+    log.log(level, "%d %s", reply.status, " ".join(words).rstrip(), exc_info=reply.error)
     if raw and log.isEnabledFor(logging.DEBUG):
         log.debug("%s", json.dumps(raw, indent=4))
 
 
 def plain(word: object) -> str:
     """A word of a log line: as it is if it is one printable word, else escaped."""
-    return word if isinstance(word, str) and len(word) <= 80 and word.isprintable() and " " not in word else quoted(word)
+    clean = isinstance(word, str) and len(word) <= 80 and word.isprintable() and " " not in word
+    return str(word) if clean else quoted(word)
 
 
 # ---- All connections -------------------------------------------------------------------------------------------------
@@ -884,41 +860,37 @@ class Receiver:
     def __init__(self, destination: Destination | None, options: argparse.Namespace) -> None:
         """ConfigurationError if what the options name cannot be used."""
         log.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
-        self.options = options
-        self.seen = self.look()
+        self.options, self.seen = options, self.look(options.api_keys)
         keys = self.read_keys()
         if destination is None:
             destination = load_destination(options.destination) if options.destination else Store(options.database)
         self.endpoint = Endpoint(destination, keys, options.path, options.max_body, options.maintenance)
 
-    def reply(self, request: Request) -> Reply:
-        """The reply to a request."""
-        return answer(request, self.endpoint, utc_now)
-
-    def look(self) -> tuple[int, ...]:
-        """What is another when the keys file has changed."""
-        try:
-            status = os.stat(self.options.api_keys)
-        except OSError:
-            return ()
-        return status.st_mtime_ns, status.st_size, status.st_ino
+    @staticmethod
+    def look(path: str) -> tuple[int, ...]:
+        """What is another when a file has changed."""
+        with suppress(OSError):
+            status = os.stat(path)
+            return status.st_ctime_ns, status.st_ino
+        return ()
 
     def read_keys(self) -> dict[str, Key]:
         """The keys. ConfigurationError if the file is broken, or opens a public address to everybody."""
+        path, bind = self.options.api_keys, self.options.bind
         try:
-            keys = parse_keys(Path(self.options.api_keys).read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"{self.options.api_keys}: {error}") from None
-        if DEMO_KEYS & keys.keys() and not self.options.bind.is_loopback:
+            keys = parse_keys(Path(path).read_text("utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigurationError(f"{path}: {error}") from None
+        if DEMO_KEYS & keys.keys() and not bind.is_loopback:
             raise ConfigurationError(
-                f"{self.options.api_keys} holds a demo key, which everybody knows: to listen on {self.options.bind}, make keys "
-                "of your own with --add-key CUSTOMER --api-keys FILE"
+                f"{path} holds a demo key, which everybody knows: to listen on {bind}, make keys of your own with "
+                "--add-key CUSTOMER --api-keys FILE"
             )
         return keys
 
     def reload_keys(self, always: bool = False) -> None:
         """Read the keys again if the file has changed; if that fails those that are in force stay."""
-        seen, self.seen = self.seen, self.look()
+        seen, self.seen = self.seen, self.look(self.options.api_keys)
         if seen == self.seen and not always:
             return
         try:
@@ -938,8 +910,8 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")[:23] + "Z"
 
 
-class Server(socketserver.ThreadingTCPServer):
-    """A listening socket and its connections, in threads: `url`, `tls_cert` to verify it by, `stop()` or leaving the context."""
+class Server(ThreadingTCPServer):
+    """A listening socket and its connections, in threads: `url`, `tls_cert` to verify it by, and `stop()`."""
 
     allow_reuse_address = daemon_threads = True
     request_queue_size = 1024
@@ -950,17 +922,16 @@ class Server(socketserver.ThreadingTCPServer):
         self.tls_cert, self.context = self.options.tls_cert, tls_context(self.options)
         self.connections: set[Connection] = set()
         self.places = threading.Semaphore(self.options.max_connections)
-        self.stopping, self.next_look = False, 0.0
-        v6 = self.options.bind.version == 6
-        self.address_family = socket.AF_INET6 if v6 else socket.AF_INET
+        self.stopping, self.next_look, bind = False, 0.0, self.options.bind
+        self.address_family = socket.AF_INET6 if bind.version == 6 else socket.AF_INET
         try:
-            super().__init__((str(self.options.bind), self.options.port), Connection)
+            super().__init__((str(bind), self.options.port), Connection)
         except OSError as error:
-            raise ConfigurationError(f"cannot listen on {self.options.bind}, port {self.options.port}: {error}") from None
+            raise ConfigurationError(f"cannot listen on {bind}, port {self.options.port}: {error}") from None
         self.socket.setblocking(False)  # so that a client who goes before it is accepted does not hold up the others
-        host = f"[{self.options.bind}]" if v6 else self.options.bind
+        host = f"[{bind}]" if bind.version == 6 else bind
         self.url = f"https://{host}:{self.server_address[1]}{self.options.path}"
-        threading.Thread(target=self.serve_forever, args=(0.2,), daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection, if it has a place or the longest idle one can make room; OSError if not now."""
@@ -993,8 +964,9 @@ class Server(socketserver.ThreadingTCPServer):
                     connection.hang_up()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what escaped from a connection's thread."""
-        log.exception("The connection with %s failed", client_address[0])
+        """Log in one line what the client did to the connection, and with its traceback what we did."""
+        error = sys.exception()
+        log.warning("Connection with %s: %s", client_address[0], error, exc_info=not isinstance(error, OSError))
 
     def reload(self) -> None:
         """Read keys and certificate again. Connections go on; a broken file leaves the old one in force."""
@@ -1034,8 +1006,8 @@ def tls_context(options: argparse.Namespace) -> ssl.SSLContext:
     try:
         context.load_cert_chain(options.tls_cert, options.tls_key, password="")  # "": do not ask at the terminal
     except OSError as error:
-        files, hint = f"{options.tls_cert}, {options.tls_key}", "; `make certs` makes a self-signed certificate and its key"
-        raise ConfigurationError(f"{files}: {error}{hint if isinstance(error, FileNotFoundError) else ''}") from None
+        hint = "; `make certs` makes a self-signed pair" if isinstance(error, FileNotFoundError) else ""
+        raise ConfigurationError(f"{options.tls_cert}, {options.tls_key}: {error}{hint}") from None
     return context
 
 
@@ -1068,7 +1040,7 @@ def wsgi(destination: Destination | None = None, **options: Any) -> Callable[...
         started = time.monotonic()
         receiver.reload_keys()
         try:
-            reply = receiver.reply(parse_environ(environ))
+            reply = answer(parse_environ(environ), receiver.endpoint, utc_now)
         except Refusal as refusal:
             reply = refusal.reply()
         body = json.dumps(reply.body).encode() if reply.body else b""
@@ -1097,15 +1069,15 @@ def parse_environ(environ: dict[str, Any]) -> Request:
 
 
 def load_destination(name: str) -> Destination:
-    """An instance of the class MODULE:CLASS, from the import path or the current directory. ConfigurationError if not."""
+    """An instance of MODULE:CLASS, from the import path or the current folder. ConfigurationError if there is none."""
     sys.modules.setdefault("receiver", sys.modules[__name__])  # for its `import receiver`: this program, no second copy
     sys.path.insert(0, os.getcwd())
     try:
         made = pkgutil.resolve_name(name)()
+        if not isinstance(made, Destination):
+            raise TypeError("this is no subclass of receiver.Destination")
     except Exception as error:
         raise ConfigurationError(f"destination {name}: {type(error).__name__}: {error}") from error
-    if not isinstance(made, Destination):
-        raise ConfigurationError(f"destination {name}: this is no subclass of receiver.Destination")
     return made
 
 
@@ -1127,13 +1099,12 @@ class Parser(argparse.ArgumentParser):
 def from_to(kind: type[int] | type[float], least: float, most: float) -> Callable[[str], float]:
     """A reader of numbers between these two."""
 
-    def read(text: str) -> float:
-        if not least <= (number := kind(text)) <= most:
+    def number(text: str) -> float:
+        if not least <= (value := kind(text)) <= most:
             raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
-        return number
+        return value
 
-    read.__name__ = "number"
-    return read
+    return number
 
 
 def endpoint_path(text: str) -> str:
@@ -1156,11 +1127,9 @@ def options_parser() -> Parser:
     add("--database", metavar="FILE", default="calls.db", help="where calls are stored, SQLite (%(default)s)")
     add("--destination", metavar="MODULE:CLASS", help="where calls go instead")
     add("--max-body", metavar="BYTES", type=from_to(int, 1, 2**30), default=524_288, help="longest body (%(default)s)")
-    add("--timeout", metavar="SECONDS", type=seconds, default=10,
-        help="for a whole request to arrive, handshake included (%(default)s)")
+    add("--timeout", metavar="SECONDS", type=seconds, default=10, help="for a request to arrive whole (%(default)s)")
     add("--keep-alive", metavar="SECONDS", type=seconds, default=75, help="of silence between requests (%(default)s)")
-    add("--max-connections", metavar="N", type=from_to(int, 1, 100_000), default=1000,
-        help="beyond it the one that has been idle longest makes room (%(default)s)")
+    add("--max-connections", metavar="N", type=from_to(int, 1, 100_000), default=1000, help="at a time (%(default)s)")
     add("--maintenance", action="store_true", help="start in maintenance, answering 503; SIGUSR1 toggles it")
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("--quiet", action="store_true", help="log no line for what was answered 2xx")
@@ -1196,8 +1165,6 @@ def run(options: argparse.Namespace) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # they wait for sigwait; all threads inherit this
     logging.Formatter.converter = time.gmtime
     logging.basicConfig(format="%(asctime)s.%(msecs)03dZ %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with Server(Receiver(None, options)) as server:
         print(f"Listening on {server.url}", flush=True)
         print(greeting(server), file=sys.stderr, flush=True)
@@ -1216,14 +1183,15 @@ def greeting(server: Server) -> str:
     if options.destination:
         lines += [f"Calls go to {options.destination}."]
     else:
-        lines += [f"Calls are stored in {options.database}. See the latest:", f"    sqlite3 {options.database} '{query}'"]
+        lines += [f"Calls are stored in {options.database}. See the latest:"]
+        lines += [f"    sqlite3 {options.database} '{query}'"]
     if demo:
         lines += [f"Warning: {options.api_keys} holds demo keys, which everybody knows. Make your own with --add-key."]
     return "\n".join([*lines, ""])
 
 
 def add_key(options: argparse.Namespace) -> None:
-    """Make an API key and print it, this once only; put its digest into the keys file, which is replaced in one step."""
+    """Make an API key and print it, this once only; put its digest into the keys file, replaced in one step."""
     api_key, path = secrets.token_urlsafe(32), os.path.realpath(options.api_keys)
     entry: dict[str, Any] = {"customer": options.add_key, "sha256": hashlib.sha256(api_key.encode()).hexdigest()}
     if options.calls is not None:
@@ -1238,7 +1206,7 @@ def add_key(options: argparse.Namespace) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(file.name, path)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigurationError(f"{options.api_keys}: {error}") from None
     print(api_key)
     print(f"A key for {options.add_key} was added to {options.api_keys}; it is shown this once only.", file=sys.stderr)
