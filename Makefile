@@ -30,6 +30,10 @@ send:  ## post every sample call to the receiver that runs on PORT
 	    -H 'Content-Type: application/json' -d @fixtures/$$call.json -w '%{http_code}\n' || exit 1; \
 	done
 
+bench:  ## measure calls per second with h2load, without and with storage
+	@command -v h2load >/dev/null || { echo "h2load is missing: install nghttp2-client, it makes the load" >&2; exit 1; }
+	@$(MAKE) -s certs && PYTHON="$(PYTHON)" CERT="$(CERT)" sh -c "$$BENCH"
+
 clean:  ## remove what was made, but for the stored calls
 	rm -rf $(VENV) $(CERT) $(KEY) __pycache__ .pytest_cache
 
@@ -38,4 +42,36 @@ $(VENV)/made: Makefile
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check pytest==9.2.0 requests==2.34.2
 	@touch $@
 
-.PHONY: help run test certs send clean
+.PHONY: help run test certs send bench clean
+
+# One receiver for each line of the table, on core 0 if there are two, and h2load on the other, for 3 seconds after a
+# warm-up of 1. The sample call goes without its message_id, so that every one is new.
+define BENCH
+scratch=$$(mktemp -d)
+trap 'kill $$pid 2>/dev/null; rm -rf "$$scratch"' EXIT
+trap 'exit 130' INT TERM
+on() { core=$$1; shift; if taskset -c 1 true 2>/dev/null; then exec taskset -c $$core "$$@"; else exec "$$@"; fi; }
+sed '/"message_id"/d' fixtures/track.json >"$$scratch/call.json"
+printf 'import receiver\n\n\nclass Nothing(receiver.Destination):\n    def track(self, *fields):\n        pass\n' >"$$scratch/nothing.py"
+load() {
+  (on 1 h2load --h1 -c "$$1" -D "$$2" -d "$$scratch/call.json" -H "Content-Type: application/json" \
+    -H "Authorization: Basic c2VnbWVudDo=" --log-file="$$scratch/times" "$$url") >"$$scratch/load" 2>&1 || cat "$$scratch/load" >&2
+}
+printf '%-9s %11s %9s %8s %8s %10s\n' storage connections calls/s "p50 ms" "p99 ms" "memory MB"
+for storage in none SQLite; do
+  for connections in 16 64; do
+    rm -f "$$scratch"/calls.db* "$$scratch/said"
+    [ $$storage = none ] && destination="--destination nothing:Nothing" || destination=""
+    (PYTHONPATH="$$scratch" on 0 $$PYTHON receiver.py --port 0 --quiet --database "$$scratch/calls.db" $$destination) \
+      >"$$scratch/said" 2>"$$scratch/log" & pid=$$!
+    until grep -q Listening "$$scratch/said"; do kill -0 $$pid 2>/dev/null || { cat "$$scratch/log" >&2; exit 1; }; sleep 0.1; done
+    url=$$(sed 's/^Listening on //' "$$scratch/said")
+    load $$connections 1; rm "$$scratch/times"; load $$connections 3
+    memory=$$(ps -o rss= -p $$pid); kill $$pid; wait $$pid
+    cut -f2,3 "$$scratch/times" | sort -n -k2 | awk -v storage=$$storage -v c=$$connections -v kb=$$memory '$$1 != 200 {bad++} {t[NR] = $$2}
+      END {printf "%-9s %11d %9d %8.1f %8.1f %10d\n", storage, c, NR / 3, t[int(NR / 2) + 1] / 1000, t[int(NR * 0.99) + 1] / 1000, kb / 1024
+           if (bad || !NR) {print bad + 0, "of", NR + 0, "calls were not answered 200"; exit 1}}' || exit 1
+  done
+done
+endef
+export BENCH
