@@ -773,9 +773,10 @@ class Connection(BaseHTTPRequestHandler):
 
     def receive(self, what: str) -> None:
         """Add what comes next to the buffer, in the middle of a request. Refusal if nothing does."""
-        received = b"" if self.hung_up else self.tls.recv(CHUNK)
-        self.buffer += received
-        if not received:
+        before = len(self.buffer)
+        with suppress(OSError):  # the client is gone
+            self.buffer += self.tls.recv(CHUNK)
+        if self.hung_up or len(self.buffer) == before:
             self.close_connection = True
             require(not self.server.stopping, 503, "Shutting down")
             require(not self.hung_up, 408, f"{what} did not come within {self.server.options.timeout:g} seconds")
@@ -796,7 +797,8 @@ class Connection(BaseHTTPRequestHandler):
     def read_body(self) -> bytes:
         """The body. The deadline is over then: what follows is our own work."""
         if self.expects and self.unread and not self.buffer:
-            self.tls.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            with suppress(OSError):
+                self.tls.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         while len(self.buffer) < self.unread:
             self.receive("The body")
         body = bytes(self.buffer[: self.unread])
