@@ -497,18 +497,18 @@ SCHEMA = f"""
 create table calls (customer text not null, message_id text not null, type text not null, user_id text,
     anonymous_id text, timestamp text not null, received_at text not null, call text not null,
     primary key (customer, message_id));
-create index calls_by_user on calls (customer, user_id, type, timestamp);
-create index calls_by_group on calls (customer, {GROUP_ID}, timestamp, user_id) where type = 'group';
+create index calls_by_user on calls (user_id, customer, type, timestamp);
+create index calls_by_group on calls ({GROUP_ID}, customer, timestamp, user_id) where type = 'group';
 create view identifies as select {COMMON}, {OWN_TRAITS} from calls where type = 'identify';
 create view tracks as select {COMMON}, call ->> '$.event' as event, {PROPERTIES} from calls where type = 'track';
 create view pages as select {COMMON}, call ->> '$.name' as name, {PROPERTIES} from calls where type = 'page';
 create view groups as select {COMMON}, {GROUP_ID} as group_id, {OWN_TRAITS} from calls where type = 'group';
 create view users as select customer, user_id,
     {TRAITS.format(theirs="c.user_id = o.user_id and c.type = 'identify'")} as traits, {FIRST_LAST}
-    from calls o where user_id is not null group by customer, user_id;
+    from calls o where user_id is not null group by user_id, customer;
 create view accounts as select customer, group_id,
     {TRAITS.format(theirs=f"{GROUP_ID} = o.group_id and c.type = 'group'")} as traits,
-    count(distinct user_id) as members, {FIRST_LAST} from groups o group by customer, group_id;
+    count(distinct user_id) as members, {FIRST_LAST} from groups o group by group_id, customer;
 create view private_beta as select count(distinct customer) as customers, count(*) as events,
     count(distinct customer) >= 10 or count(*) > 20000000 as fulfilled from calls;
 pragma application_id = {APPLICATION_ID};
