@@ -730,7 +730,8 @@ class Connection(BaseHTTPRequestHandler):
     def setup(self) -> None:
         """Prepare TLS; the handshake comes once the server knows this connection and its deadline."""
         self.deadline = time.monotonic() + self.server.options.timeout  # when the server hangs up
-        self.idle = self.hung_up = self.expects = False
+        self.idle_since, self.served = math.inf, False  # waiting for a request to begin; has had one
+        self.hung_up = self.expects = False
         self.buffer, self.unread = bytearray(), 0  # what was received; how much of a body is to come, or there already
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.tls = self.server.context.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
@@ -746,12 +747,13 @@ class Connection(BaseHTTPRequestHandler):
         """One request and its reply; then close_connection says whether it was the last."""
         self.close_connection, options = True, self.server.options
         if not self.buffer:
+            self.idle_since = time.monotonic()
             self.buffer += self.tls.recv(CHUNK)
+        self.idle_since, started = math.inf, time.monotonic()
         if not self.buffer:
             return  # the client has gone, or was silent for too long
-        started = time.monotonic()
-        if self.idle:
-            self.idle, self.deadline = False, started + options.timeout
+        if self.served:
+            self.deadline = started + options.timeout
         method, persists = "", False
         try:
             request, persists = parse_head(self.read_head(), self.read_body)
@@ -769,7 +771,7 @@ class Connection(BaseHTTPRequestHandler):
         if self.unread and not self.close_connection:
             with suppress(Refusal):
                 self.read_body()  # of a refused request, to get past it
-        self.idle, self.deadline = True, time.monotonic() + options.keep_alive
+        self.served, self.deadline = True, time.monotonic() + options.keep_alive
 
     def receive(self, what: str) -> None:
         """Add what comes next to the buffer, in the middle of a request. Refusal if nothing does."""
@@ -853,7 +855,7 @@ def log_reply(reply: Reply, seconds: float) -> None:
     words += ["duplicate"] * reply.duplicate + [f"{seconds * 1000:.1f} ms", why if why.isprintable() else quoted(why)]
     log.log(level, "%d %s", reply.status, " ".join(words).rstrip(), exc_info=reply.error)
     if raw and log.isEnabledFor(logging.DEBUG):
-        log.debug("%s", json.dumps(raw, indent=4))
+        log.debug("{\n%s\n}", ",\n".join(f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in raw.items()))
 
 
 def plain(word: object) -> str:
@@ -949,9 +951,9 @@ class Server(ThreadingTCPServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection, if it has a place or the longest idle one can make room; OSError if not now."""
         if not self.places.acquire(blocking=False):
-            idle = [connection for connection in list(self.connections) if connection.idle]
-            if idle:
-                min(idle, key=lambda connection: connection.deadline).hang_up()
+            idle = min(list(self.connections), key=lambda connection: connection.idle_since, default=None)
+            if idle and idle.idle_since < math.inf:
+                idle.hang_up()
             if not self.places.acquire(timeout=0.1):
                 raise BlockingIOError
         try:
@@ -997,7 +999,7 @@ class Server(ThreadingTCPServer):
         self.server_close()
         while self.connections and time.monotonic() < end:
             for connection in list(self.connections):
-                if connection.idle and not connection.hung_up:
+                if connection.idle_since < math.inf and not connection.hung_up:
                     connection.hang_up()
             time.sleep(0.01)
         for connection in list(self.connections):
