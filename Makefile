@@ -6,7 +6,7 @@ CERT = certs/localhost.pem
 KEY = certs/localhost-key.pem
 
 help:  ## show this
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## */:/' | awk -F: '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## */:/' | awk -F: '{printf "  make %-11s %s\n", $$1, $$2}'
 	@echo "Variables: PYTHON=$(PYTHON) PORT=$(PORT)"
 
 run: certs  ## make what is missing, and start the receiver on PORT
@@ -30,6 +30,9 @@ send:  ## post every sample call to the receiver that runs on PORT
 	    -H 'Content-Type: application/json' -d @fixtures/$$call.json -w '%{http_code}\n' || exit 1; \
 	done
 
+conformance: $(VENV)/made  ## check the endpoint ENDPOINT with the key API_KEY (README.md, Test your own endpoint)
+	@$(VENV)/bin/python -m pytest -q -rN --tb=short -p no:cacheprovider -m conformance test_receiver.py
+
 bench:  ## measure calls per second with h2load, without and with storage
 	@command -v h2load >/dev/null || { echo "h2load is missing: install nghttp2-client, it makes the load" >&2; exit 1; }
 	@$(MAKE) -s certs && PYTHON="$(PYTHON)" CERT="$(CERT)" sh -c "$$BENCH"
@@ -42,7 +45,7 @@ $(VENV)/made: Makefile
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check pytest==9.2.0 requests==2.34.2
 	@touch $@
 
-.PHONY: help run test certs send bench clean
+.PHONY: help run test certs send conformance bench clean
 
 # One receiver for each line of the table, on core 0 if there are two, and h2load on the other, for 3 seconds after a
 # warm-up of 1. The sample call goes without its message_id, so that every one is new.
