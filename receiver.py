@@ -134,7 +134,17 @@ class Key(NamedTuple):
 
 
 def authenticate(authorization: str, keys: Mapping[str, Key], now: Clock) -> Key:
-    """The key in the Authorization header: a username without a password (rung 5; RFC 7617 §2)."""
+    """The key that an Authorization header names, if it is known and has not expired (rung 5)."""
+    key = keys.get(digest_of(authorization))
+    if key is None:
+        raise Refusal(401, "The API key is not known")
+    require(key.expires is None or now() < key.expires, 401, "API token expired")
+    return key
+
+
+@lru_cache(maxsize=256)  # what requests have in common is remembered, here and below
+def digest_of(authorization: str) -> str:
+    """The digest of the API key in an Authorization header: a username without a password (RFC 7617 §2)."""
     scheme, _, encoded = authorization.partition(" ")
     require(scheme, 401, "The Authorization header is missing")
     require(scheme.lower() == "basic", 401, "The scheme of the Authorization header is not Basic")
@@ -145,11 +155,7 @@ def authenticate(authorization: str, keys: Mapping[str, Key], now: Clock) -> Key
         raise Refusal(401, f"The credentials in the Authorization header are not {coding}") from None
     require(colon, 401, "The credentials in the Authorization header have no colon after the API key")
     require(not password, 401, "The password in the Authorization header is not empty: the API key is the username")
-    key = keys.get(hashlib.sha256(api_key.encode()).hexdigest())
-    if key is None:
-        raise Refusal(401, "The API key is not known")
-    require(key.expires is None or now() < key.expires, 401, "API token expired")
-    return key
+    return hashlib.sha256(api_key.encode()).hexdigest()
 
 
 def parse_keys(text: str) -> dict[str, Key]:
@@ -187,6 +193,7 @@ def parse_key(customer: str, sha256: str, calls: list[str] | None = None, expire
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 §5.6.2
 PARAMETER = rf'charset="?utf-8"?|(?!charset=){TOKEN}=(?:{TOKEN}|"[^"]*")'  # §5.6.6
 JSON_TYPE = re.compile(rf"application/(?:{TOKEN}\+)?json(?:[ \t]*;[ \t]*(?:{PARAMETER})?)*+", re.I)  # RFC 6839 §3.1
+is_json = lru_cache(maxsize=64)(JSON_TYPE.fullmatch)
 MAX_DEPTH = 500  # arrays and objects in each other: what the JSON parsers of Python and SQLite are sure to read
 
 
@@ -199,10 +206,11 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise Refusal(400, f"{what} is not JSON in UTF-8: {error}") from None
-    require(isinstance(value, dict), 400, what + " is not a JSON object")
-    few = text.count("{") + text.count("[") <= MAX_DEPTH  # as in almost every call
-    require(few or depth(text) <= MAX_DEPTH, 400, what + " is nested more than %s deep", MAX_DEPTH)
-    return value  # type: ignore[no-any-return]
+    if not isinstance(value, dict):
+        raise Refusal(400, f"{what} is not a JSON object")
+    if text.count("{") + text.count("[") > MAX_DEPTH and depth(text) > MAX_DEPTH:
+        raise Refusal(400, f"{what} is nested more than {MAX_DEPTH} deep")
+    return value
 
 
 def depth(text: str) -> int:
@@ -402,7 +410,7 @@ class Destination:
 def dispatch(handler: Callable[..., Any], call: Call) -> Reply:
     """What the handler answers (rung 11). TypeError if that is no answer."""
     outcome = handler(*[getattr(call, field) for field in CALLS[call.type]], call)
-    if outcome not in (None, HTTPStatus.OK, HTTPStatus.ACCEPTED):
+    if outcome not in (None, 200, 202):
         raise TypeError(f"{handler} returned {outcome!r}, which is neither None nor HTTPStatus.ACCEPTED")
     return Reply(outcome or 200, {}, {}, call.customer, call.raw, call.duplicate)
 
@@ -453,7 +461,7 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
         require(request.length is not None, 411, "The Content-Length header is missing")
         require((request.length or 0) <= endpoint.max_body, 413, "The body is longer than %s bytes", endpoint.max_body)
         media = headers.get("content-type", "application/json")
-        require(JSON_TYPE.fullmatch(media), 415, "The Content-Type %s is not application/json in UTF-8", media)
+        require(is_json(media), 415, "The Content-Type %s is not application/json in UTF-8", media)
         coding = headers.get("content-encoding", "identity")
         require(coding.lower() == "identity", 415, "The Content-Encoding %s is not identity", coding)
         raw = parse_object(request.read(), "The body")  # 408, 400
@@ -520,6 +528,7 @@ FORGET = "delete from calls where customer = ? and user_id = ?"
 # Seconds. The sender waits for 5; a call may have to wait for a lock while the calls before it do, and then again.
 LOCK_WAIT, ANSWER_WAIT = 2.0, 4.5
 MOST_AT_ONCE = 1000  # calls in one transaction
+AS_TEXT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class ConfigurationError(ValueError):
@@ -554,8 +563,8 @@ class Store(Destination):
 
     def _keep(self, *fields: Any) -> None:
         call: Call = fields[-1]
-        text = json.dumps(call.raw, ensure_ascii=False, separators=(",", ":"))
-        row = (call.customer, call.message_id, call.type, call.user_id, call.anonymous_id, call.timestamp, text)
+        ids = call.customer, call.message_id, call.type, call.user_id, call.anonymous_id
+        row = *ids, call.timestamp, AS_TEXT(call.raw)
         call.duplicate = not self._change(SAVE, row)
 
     identify = track = page = group = _keep
@@ -652,6 +661,7 @@ log = logging.getLogger("receiver")
 
 MAX_TARGET, MAX_HEAD, MAX_FIELDS = 8192, 65_536, 100
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")  # RFC 9112 §3
+request_line = lru_cache(maxsize=64)(REQUEST_LINE.fullmatch)
 FIELD_LINE = re.compile(rf"({TOKEN}):[\t ]*([\t -~\x80-\xff]*?)[\t ]*")  # §5, without the obsolete folding of §5.2
 BARE_LF = re.compile(rb"(?<!\r)\n")  # §2.2
 ONLY_ONCE = {"host", "content-length", "content-type", "authorization"}  # where two would be two readings
@@ -660,7 +670,7 @@ ONLY_ONCE = {"host", "content-length", "content-type", "authorization"}  # where
 def parse_head(head: str, read: Callable[[], bytes]) -> tuple[Request, bool]:
     """The request with this head, and whether the connection persists. Refusal if there are two readings, or none."""
     line, *lines = head.split("\r\n")
-    parts = REQUEST_LINE.fullmatch(line)
+    parts = request_line(line)
     if not parts:
         raise Refusal(400, "The request line is not a method, a target and HTTP/1.1, with single blanks")
     method, target, major, minor = parts.groups()
@@ -694,7 +704,7 @@ def parse_fields(lines: list[str]) -> dict[str, str]:
     return headers
 
 
-@lru_cache(maxsize=256)  # most lines have been seen before
+@lru_cache(maxsize=256)
 def parse_field(line: str) -> tuple[str, str] | None:
     """The name, in lower case, and the value in a line of the head; None if it is not that."""
     parts = FIELD_LINE.fullmatch(line)
@@ -1180,6 +1190,8 @@ def run(options: argparse.Namespace) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # they wait for sigwait; all threads inherit this
     logging.Formatter.converter = time.gmtime
     logging.basicConfig(format="%(asctime)s.%(msecs)03dZ %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+    if hasattr(os, "SCHED_BATCH"):  # a thread that wakes does not interrupt the one that has Python's lock
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     with Server(Receiver(None, options)) as server:
         print(f"Listening on {server.url}", flush=True)
         print(greeting(server), file=sys.stderr, flush=True)
