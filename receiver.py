@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: MIT
 """A receiver for Segment's Direct destination protocol, in one file of standard library Python.
 
-Segment forwards its customers' calls to an endpoint of yours, one HTTPS request a call:
+Segment collects what its customers' users do, as calls (identify, track, page, group), and forwards each to an endpoint
+of yours in an HTTPS request, all keys in snake_case:
 
     POST / HTTP/1.1
     Authorization: Basic c2VnbWVudDo=        the API key you gave the customer ("segment"), a colon, no password
@@ -11,10 +12,11 @@ Segment forwards its customers' calls to an endpoint of yours, one HTTPS request
 
     {"type": "track", "user_id": "u1", "event": "Signed Up", "message_id": "m1"}
 
-It acts on the status that you answer. 200 (done) and 202 (will be done): delivered, and forgotten there. 400
-(malformed), 401 (key), 403 (permissions), 501 (unsupported type) and every other 4xx: dropped for good;
-`{"message": "why"}` in the reply's body is shown to the customer. 500, 503, 408 and 429: sent again, for hours. So the
-same call may come twice, calls come in any order, and a call that was answered 200 must never be lost.
+It acts on the status that you answer within about 5 seconds. 200 (done) and 202 (will be done), with an empty body:
+delivered, and forgotten there. 408, 429 and every 5xx but 501 and 505: sent again, for about four hours. 501 (a type
+that is not supported) and every other 4xx, as 400 (malformed), 401 (key) and 403 (permissions): dropped for good, and
+`{"message": "why"}` in the reply's body is shown to the customer. So the same call may come twice, calls come in any
+order, and a call that was answered 200 must never be lost.
 
 Start it with `make run`, or use it from Python:
 
@@ -71,10 +73,14 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 # 1. The protocol
 #
 # What is answered to which request, and why: pure functions and small immutable values. Nothing here opens a socket, a
-# file or a thread, or looks at a clock that it was not handed. A port to another language starts and ends here.
+# file or a thread, or looks at a clock that it was not handed. What is remembered (lru_cache, KNOWN) saves time and
+# changes no answer. A port to another language starts here, and its statuses and field names end here; the wording of
+# messages is free.
 # ======================================================================================================================
 
 # ---- What can be refused ---------------------------------------------------------------------------------------------
+
+Clock = Callable[[], str]  # the time now, as utc() writes it
 
 # Header fields that a status always comes with: how to log in (RFC 7617 §2), and after how many seconds to try again.
 ALSO = {401: {"WWW-Authenticate": 'Basic realm="Segment calls", charset="UTF-8"'}, 503: {"Retry-After": "5"}}
@@ -84,7 +90,7 @@ class Reply(NamedTuple):
     """What is answered, and for the log what it was about."""
 
     status: int
-    body: Mapping[str, str] = {}  # sent as JSON; if empty there is none
+    body: Mapping[str, str] = {}  # sent as application/json; if empty there is none
     fields: Mapping[str, str] = {}  # header fields of its own
     customer: str = ""  # whose key it was, once that is known
     raw: Mapping[str, Any] = {}  # the call in snake_case, once that is known
@@ -95,8 +101,8 @@ class Reply(NamedTuple):
 class Refusal(Exception):  # noqa: N818 - the protocol's own word
     """A request is not accepted: the status to answer, 400 to 599, and the message that the customer will read.
 
-    The status alone decides whether the sender drops the call or sends it again (PROTOCOL, "What to answer"): a fault
-    of ours that will pass is never a 4xx, a call that can never succeed is never a 5xx but 501.
+    The status alone decides whether the sender drops the call or sends it again. So a fault of ours that will pass is
+    never a 4xx, which would lose the call, and a call that can never succeed is never a 5xx but 501.
     """
 
     def __init__(self, status: int, message: str) -> None:
@@ -126,11 +132,11 @@ def quoted(value: object) -> str:
 
 
 class Key(NamedTuple):
-    """What an API key opens. The key itself is kept nowhere: it is found by its SHA-256 digest."""
+    """What an API key opens. No file holds the key itself: it is found by its SHA-256 digest."""
 
     customer: str
     calls: frozenset[str] | None = None  # the types of call that it may send; None: all
-    expires: str | None = None  # in UTC
+    expires: str | None = None  # as utc() writes it: at that moment it has expired
 
 
 def authenticate(authorization: str, keys: Mapping[str, Key], now: Clock) -> Key:
@@ -142,9 +148,12 @@ def authenticate(authorization: str, keys: Mapping[str, Key], now: Clock) -> Key
     return key
 
 
-@lru_cache(maxsize=256)  # what requests have in common is remembered, here and below
+@lru_cache(maxsize=256)
 def digest_of(authorization: str) -> str:
-    """The digest of the API key in an Authorization header: a username without a password (RFC 7617 §2)."""
+    """The digest of the API key in an Authorization header: a username, a colon, no password (RFC 7617 §2).
+
+    The base64 is that of RFC 4648 §4, with its padding and without white space.
+    """
     scheme, _, encoded = authorization.partition(" ")
     require(scheme, 401, "The Authorization header is missing")
     require(scheme.lower() == "basic", 401, "The scheme of the Authorization header is not Basic")
@@ -168,8 +177,9 @@ def parse_keys(text: str) -> dict[str, Key]:
             digest, key = parse_key(**entry)  # Python itself refuses a member that is missing or that nobody knows
         except (TypeError, ValueError) as error:
             raise ValueError(f"entry {number}: {error}") from None
-        if keys.setdefault(digest, key) is not key:
+        if digest in keys:
             raise ValueError(f"entry {number}: this sha256 was there before")
+        keys[digest] = key
     return keys
 
 
@@ -182,27 +192,32 @@ def parse_key(customer: str, sha256: str, calls: list[str] | None = None, expire
     if calls is not None and not (isinstance(calls, list) and CALLS.keys() >= set(calls)):
         raise ValueError(f"calls is not an array of {', '.join(CALLS)}")
     try:
-        until = None if expires is None else utc(expires)
+        expires = None if expires is None else utc(expires)
     except ValueError as error:
         raise ValueError(f"expires is {error}") from None
-    return sha256, Key(customer, None if calls is None else frozenset(calls), until)
+    return sha256, Key(customer, None if calls is None else frozenset(calls), expires)
 
 
 # ---- What they sent: the body ----------------------------------------------------------------------------------------
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 §5.6.2
-PARAMETER = rf'charset="?utf-8"?|(?!charset=){TOKEN}=(?:{TOKEN}|"[^"]*")'  # §5.6.6
-JSON_TYPE = re.compile(rf"application/(?:{TOKEN}\+)?json(?:[ \t]*;[ \t]*(?:{PARAMETER})?)*+", re.I)  # RFC 6839 §3.1
+PARAMETER = rf'charset=(?:utf-8|"utf-8")|(?!charset=){TOKEN}=(?:{TOKEN}|"[^"]*")'  # §5.6.6
+# application/json or a vendor's application/*+json (RFC 6839 §3.1); no charset but UTF-8. The + after * forbids to try
+# again in another way, which could take minutes.
+JSON_TYPE = re.compile(rf"application/(?:{TOKEN}\+)?json(?:[ \t]*;[ \t]*(?:{PARAMETER})?)*+[ \t]*", re.I | re.A)
 is_json = lru_cache(maxsize=64)(JSON_TYPE.fullmatch)
 MAX_DEPTH = 500  # arrays and objects in each other: what the JSON parsers of Python and SQLite are sure to read
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
-    """A JSON object in UTF-8, RFC 8259 and no more, with every key at every depth in snake_case (rung 7)."""
+    """A JSON object in UTF-8, RFC 8259 and no more, with every key at every depth in snake_case (rung 7).
+
+    Of two keys alike the last counts. A number is exact, if whole, or a double. No byte-order mark is skipped.
+    """
     try:
         text = data.decode()
         value = DECODER.decode(text)
-        if "\\u" in text:  # an escape can name half of a surrogate pair, which is no text: then this fails
+        if "\\u" in text:  # an escape can name half of a surrogate pair, which no file or database takes: this fails
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise Refusal(400, f"{what} is not JSON in UTF-8: {error}") from None
@@ -214,8 +229,8 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
 
 
 def depth(text: str) -> int:
-    """How many arrays and objects are in each other in a JSON text."""
-    brackets = re.sub(r'"(\\.|[^"\\])*"|[^][{}]', "", text)
+    """How many arrays and objects are in each other in a JSON text, the outermost included."""
+    brackets = re.sub(r'"(\\.|[^"\\])*"|[^\[\]{}]', "", text)
     return max(accumulate(1 if bracket in "[{" else -1 for bracket in brackets))
 
 
@@ -233,7 +248,8 @@ def parse_number(text: str) -> int | float:
 def snake_case(key: str) -> str:
     """A key in snake_case: `userId`, `UserID`, `user-id`, `User Id` and `user_id` are all `user_id`.
 
-    A capital starts a word after a small letter or a digit, and as the last of a run (`HTMLParser`: `html_parser`).
+    A capital starts a word after a small letter or a digit, and as the last of a run before a small letter
+    (`HTMLParser`: `html_parser`). A hyphen or a blank is an underscore.
     """
     words = ""
     for before, letter, after in zip(" " + key, key, key[1:] + " ", strict=False):
@@ -243,11 +259,15 @@ def snake_case(key: str) -> str:
 
 
 remembered = lru_cache(maxsize=4096)(snake_case)
-KNOWN: set[str] = set()  # keys that came in snake_case before; like those remembered they are few and short
+KNOWN: set[str] = set()  # keys that came in snake_case before; few and short, so that nobody can fill the memory
 
 
 def snake_keys(sent: dict[str, Any]) -> dict[str, Any]:
-    """One object, its keys in snake_case. Where two become one, who had the name keeps it, else the first gets it."""
+    """One object with its keys in snake_case.
+
+    Where two keys would become one, that which is in snake_case already gets the name, else the first; the other stays
+    as it came, so that nothing is lost.
+    """
     if KNOWN.issuperset(sent):
         return sent
     names = {key: remembered(key) if len(key) <= 64 else snake_case(key) for key in sent}
@@ -276,7 +296,7 @@ def parse_settings(encoded: str | None) -> dict[str, Any]:
 
 # ---- What they sent: the call ----------------------------------------------------------------------------------------
 
-# The types of call, and what the handler of each is given. The seed's four, then those of later revisions.
+# The types of call, and what the handler of each is given: the four of the protocol's first page, then later ones.
 CALLS: dict[str, tuple[str, ...]] = {
     "identify": ("user_id", "traits"),  # who is this?
     "track": ("user_id", "event", "properties"),  # what are they doing?
@@ -286,11 +306,11 @@ CALLS: dict[str, tuple[str, ...]] = {
     "screen": ("user_id", "name", "properties"),  # where in an app are they doing it?
     "alias": ("user_id", "previous_id"),  # who were they before?
 }
-NEEDED = {"track": "event", "group": "group_id", "delete": "user_id", "alias": "previous_id"}  # besides some id
+NEEDED = {"track": "event", "group": "group_id", "delete": "user_id", "alias": "previous_id"}  # they cannot be empty
 
 
 class Call(SimpleNamespace):
-    """One call, checked, with the fields of PROTOCOL, "What arrives"; an absent one is None, an absent object {}."""
+    """One call, checked. A field that is absent or null is None, an object {}; those of other types are in raw."""
 
     customer: str  # whose key it came with
     type: str
@@ -306,17 +326,17 @@ class Call(SimpleNamespace):
     message_id: str  # unique per call, the same on a retry or a replay; made here if it came without
     timestamp: str  # when it happened, the time to order by: in UTC with milliseconds and Z, so that it sorts as text
     sent_at: str | None = None  # likewise
-    original_timestamp: Any = None  # this and what follows is as it came
-    received_at: Any = None  # by Segment
-    integrations: Any = None
-    version: Any = None
+    original_timestamp: Any = None  # what the client's clock said; this and what follows is as it came
+    received_at: Any = None  # when Segment got it
+    integrations: Any = None  # which other destinations got it
+    version: Any = None  # of the Spec
     settings: dict[str, Any]  # from X-Segment-Settings
     raw: dict[str, Any]  # the whole object in snake_case
     duplicate = False  # a destination sets this where the call came before, and the log will say so
 
 
 def an_id(value: Any) -> str | None:
-    """An id as text: a whole number as its digits, an empty id as none. ValueError says what it is not, as below."""
+    """An id as text: a whole number (True is none) as its digits, an empty id as none. ValueError: what it is not."""
     if type(value) is int:
         return str(value)
     if isinstance(value, str):
@@ -338,16 +358,18 @@ def an_object(value: Any) -> dict[str, Any]:
     raise ValueError("not an object")
 
 
-ISO_8601 = re.compile(r"[\dW-]{8,10}([T ][\d:.,]+(Z|[+-][\d:]+)?)?", re.ASCII)  # Python alone would take more
-UTC_TEXT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)
+DATE, TIME = r"\d{4}(-\d\d-\d\d|\d{4}|-?W\d\d-?\d)", r"[0-2]\d(:?[0-5]\d(:?[0-5]\d([.,]\d+)?)?)?"
+ZONE = r"(Z|[+-]\d\d(:?\d\d)?)"
+ISO_8601 = re.compile(f"{DATE}([T ]{TIME}{ZONE}?)?", re.A)  # Python alone would take more, and more with each version
+UTC_TEXT = re.compile(r"\d{4}-\d\d-\d\dT[0-2]\d:[0-5]\d:[0-5]\d\.\d{3}Z", re.A)
 
 
-def utc(time: Any) -> str:
-    """An ISO 8601 time in UTC with milliseconds and Z; one that names no zone is in UTC already."""
+def utc(value: Any) -> str:
+    """An ISO 8601 time in UTC, cut to milliseconds, with Z: as text it sorts by time. One without a zone is in UTC."""
     try:
-        if UTC_TEXT.fullmatch(time) and datetime.fromisoformat(time):
-            return str(time)
-        moment = datetime.fromisoformat(time if ISO_8601.fullmatch(time) else "")
+        if UTC_TEXT.fullmatch(value) and datetime.fromisoformat(value):
+            return str(value)
+        moment = datetime.fromisoformat(value if ISO_8601.fullmatch(value) else "")
         moment = moment.astimezone(UTC) if moment.tzinfo else moment
         return moment.isoformat(timespec="milliseconds")[:23] + "Z"
     except (TypeError, ValueError, OverflowError):
@@ -355,22 +377,27 @@ def utc(time: Any) -> str:
 
 
 def as_it_came(value: Any) -> Any:
-    """Anything: a field that only some destination knows what to do with, or that is no field of this type of call."""
+    """Anything: a field that only some destination knows what to do with."""
     return value
 
 
-ALWAYS = {
+# What is done with each field that is there: those of every type of call, and those in the row of some types only.
+ALWAYS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("user_id", "anonymous_id", "message_id"), an_id),
     **dict.fromkeys(("traits", "properties", "context"), an_object),
     **dict.fromkeys(("timestamp", "sent_at"), utc),
+    **dict.fromkeys(("type", "original_timestamp", "received_at", "integrations", "version"), as_it_came),
 }
-IN_ITS_ROW = {"event": a_string, "name": a_string, "group_id": an_id, "previous_id": an_id}
-FIELDS = dict.fromkeys(Call.__annotations__.keys() - {"customer", "settings", "raw"}, as_it_came) | ALWAYS
-CHECKS = {kind: FIELDS | {field: IN_ITS_ROW[field] for field in IN_ITS_ROW.keys() & row} for kind, row in CALLS.items()}
+IN_ROW = {"event": a_string, "name": a_string, "group_id": an_id, "previous_id": an_id}
+CHECKS = {kind: ALWAYS | {field: IN_ROW[field] for field in IN_ROW.keys() & row} for kind, row in CALLS.items()}
 
 
 def make_call(raw: dict[str, Any], customer: str, settings: dict[str, Any], now: Clock) -> Call:
-    """The call with each field of the right kind, and what may be absent filled in (rung 10)."""
+    """The call with each field of the right kind, and what may be absent filled in (rung 10).
+
+    It is dated by its timestamp, else by what the client's own clock said, if that is a time at all, else by when it
+    was sent, else now.
+    """
     checks, field = CHECKS[raw["type"]], ""
     fields: dict[str, Any] = {"traits": {}, "properties": {}, "context": {}}
     try:
@@ -381,10 +408,11 @@ def make_call(raw: dict[str, Any], customer: str, settings: dict[str, Any], now:
         raise Refusal(400, f"The field {field} is {error}") from None
     some_id = fields.get("user_id") or fields.get("anonymous_id")
     require(some_id, 400, "The fields user_id and anonymous_id are both missing")
-    needed = NEEDED.get(raw["type"], "type")
-    require(fields.get(needed), 400, "The field " + needed + " is missing")
+    needed = NEEDED.get(raw["type"])
+    if needed and not fields.get(needed):
+        raise Refusal(400, f"The field {needed} is missing")
     if "timestamp" not in fields:
-        with suppress(ValueError):  # what the client's own clock said may be anything
+        with suppress(ValueError):
             fields["timestamp"] = utc(raw.get("original_timestamp"))
         fields.setdefault("timestamp", fields.get("sent_at") or now())
     if not fields.get("message_id"):
@@ -408,10 +436,10 @@ class Destination:
 
 
 def dispatch(handler: Callable[..., Any], call: Call) -> Reply:
-    """What the handler answers (rung 11). TypeError if that is no answer."""
+    """What the handler answers (rung 11): 200 for nothing, or 200 or 202. TypeError if it is something else."""
     outcome = handler(*[getattr(call, field) for field in CALLS[call.type]], call)
     if outcome not in (None, 200, 202):
-        raise TypeError(f"{handler} returned {outcome!r}, which is neither None nor HTTPStatus.ACCEPTED")
+        raise TypeError(f"{handler} returned {outcome!r}, which is not None, 200 or 202")
     return Reply(outcome or 200, {}, {}, call.customer, call.raw, call.duplicate)
 
 
@@ -419,17 +447,14 @@ def dispatch(handler: Callable[..., Any], call: Call) -> Reply:
 
 HEALTH = "/health"  # for load balancers and monitors; it is no part of Segment's protocol
 
-Clock = Callable[[], str]  # the time now, as utc() writes it
-
-
 class Request(NamedTuple):
     """A request whose head is clean HTTP/1.x: that is rung 1, and the server's business."""
 
     method: str
     target: str  # path and query as sent
-    headers: Mapping[str, str]  # names in lower case
+    headers: Mapping[str, str]  # names in lower case, values without blanks around them
     length: int | None  # what Content-Length says, in bytes
-    read: Callable[[], bytes]  # reads the body, not before it is called; Refusal 408 if it does not come in time
+    read: Callable[[], bytes]  # reads the body, and is called once at most; Refusal if it does not come, or not in time
 
 
 class Endpoint(NamedTuple):
@@ -443,41 +468,44 @@ class Endpoint(NamedTuple):
 
 
 def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
-    """The protocol: the reply to a request. Every rung of this ladder refuses the request or passes it on."""
-    method, headers = request.method, request.headers
-    customer, raw = "", dict[str, Any]()  # not known yet
+    """The protocol: the reply to a request. Every rung of this ladder refuses the request or passes it on.
+
+    Their order decides which reply a request with two faults gets; whoever shows no key learns nothing about bodies.
+    """
+    method, headers, customer, raw = request.method, request.headers, "", dict[str, Any]()
     try:
-        path = request.target.partition("?")[0]
+        path = request.target.partition("?")[0]  # rung 2
         require(path in (endpoint.path, HEALTH), 404, "There is nothing at %s", path)
-        allowed = ("GET", "HEAD") if path == HEALTH else ("POST",)
+        allowed = ("GET", "HEAD") if path == HEALTH else ("POST",)  # rung 3
         if method not in allowed:
             only = ", ".join(allowed)
             return Reply(405, {"message": f"The method {quoted(method)} is not allowed, only {only}"}, {"Allow": only})
-        require(not endpoint.maintenance, 503, "Down for maintenance")
+        require(not endpoint.maintenance, 503, "Down for maintenance")  # rung 4
         if path == HEALTH:
             return Reply(200, {"status": "ok"})
-        key = authenticate(headers.get("authorization", ""), endpoint.keys, now)  # 401
+        key = authenticate(headers.get("authorization", ""), endpoint.keys, now)  # rung 5: 401
         customer = key.customer
-        require(request.length is not None, 411, "The Content-Length header is missing")
-        require((request.length or 0) <= endpoint.max_body, 413, "The body is longer than %s bytes", endpoint.max_body)
+        if request.length is None:  # rung 6
+            raise Refusal(411, "The Content-Length header is missing")
+        require(request.length <= endpoint.max_body, 413, "The body is longer than %s bytes", endpoint.max_body)
         media = headers.get("content-type", "application/json")
         require(is_json(media), 415, "The Content-Type %s is not application/json in UTF-8", media)
         coding = headers.get("content-encoding", "identity")
         require(coding.lower() == "identity", 415, "The Content-Encoding %s is not identity", coding)
-        raw = parse_object(request.read(), "The body")  # 408, 400
-        settings = parse_settings(headers.get("x-segment-settings"))  # 400
-        kind = raw.get("type")
+        raw = parse_object(request.read(), "The body")  # rung 7: 408, 400
+        settings = parse_settings(headers.get("x-segment-settings"))
+        kind = raw.get("type")  # rung 8
         require(kind is not None, 400, "The field type is missing")
         require(isinstance(kind, str), 400, "The field type is not a string")
         handler = getattr(endpoint.destination, kind, None) if kind in CALLS else None
         if handler is None:
             raise Refusal(501, f"Calls of type {quoted(kind)} are not supported")
-        require(key.calls is None or kind in key.calls, 403, "This API key may not send calls of type %s", kind)
-        call = make_call(raw, customer, settings, now)  # 400
-        return dispatch(handler, call)  # 200, 202, or what the destination refuses
+        require(key.calls is None or kind in key.calls, 403, "This API key may not send calls of type %s", kind)  # 9
+        call = make_call(raw, customer, settings, now)  # rung 10: 400
+        return dispatch(handler, call)  # rung 11: 200, 202, or what the destination refuses
     except Refusal as refusal:
         return refusal.reply()._replace(customer=customer, raw=raw)
-    except BaseException as error:  # a fault of ours, of which the outside learns nothing
+    except BaseException as error:  # a fault of ours, whatever it is, of which the outside learns nothing
         return Reply(500, {"message": "Internal error"}, {}, customer, raw, error=error)
 
 
@@ -637,7 +665,7 @@ def open_database(path: str) -> sqlite3.Connection:
                 db.execute(statement)
         db.execute("commit")
         # A commit is on disk, who is forgotten is in no unused page, and pages are copied to the file by the thousand.
-        for setting in ("journal_mode = wal", "synchronous = full", "secure_delete = on", "wal_autocheckpoint = 8000"):
+        for setting in ("journal_mode = wal", "synchronous = full", "secure_delete = on", "wal_autocheckpoint = 4000"):
             db.execute(f"pragma {setting}")
     except sqlite3.Error:
         db.close()
@@ -770,18 +798,19 @@ class Connection(BaseHTTPRequestHandler):
             return  # the client has gone, or was silent for too long
         if self.served:
             self.deadline = started + options.timeout
-        method, persists = "", False
+        method = ""
         try:
             request, persists = parse_head(self.read_head(), self.read_body)
+            self.close_connection = not persists
             method, self.unread = request.method, request.length or 0
             self.expects = request.headers.get("expect", "").lower() == "100-continue"
             reply = answer(request, self.server.receiver.endpoint, utc_now)
         except Refusal as refusal:
             reply = refusal.reply()
         self.server.receiver.log(reply, time.monotonic() - started)
-        # Where nobody knows whether a refused body comes, or it is too long to be read past, the connection ends.
-        ends = self.unread and (self.expects or self.unread > options.max_body)
-        self.close_connection = not persists or self.server.stopping or self.hung_up or bool(ends)
+        # The connection ends where nobody knows whether a refused body comes, and where it is too long to read past.
+        if self.server.stopping or self.hung_up or (self.unread and (self.expects or self.unread > options.max_body)):
+            self.close_connection = True
         self.deadline = time.monotonic() + options.timeout
         self.send(reply, method != "HEAD")
         if self.unread and not self.close_connection:
