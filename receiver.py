@@ -516,8 +516,8 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
 # that table: so nothing is lost, and in which order calls arrive never matters.
 # ======================================================================================================================
 
-# The traits of one user or account: each from the newest call that sets it, of equals from the last received. `->`
-# gives a trait's own JSON, exact to the last digit, but cannot name a trait with a quotation mark in its name.
+# The traits of one user or account o: each from the newest call c that sets it, be it to null, and of equals from the
+# last received. `->` gives a trait's own JSON, exact to the last digit, but not if its name has a quotation mark.
 TRAITS = """(select json_group_object(trait, json(value)) from (
         select t.key as trait, row_number() over (partition by t.key order by c.timestamp desc, c.rowid desc) as age,
             coalesce(c.call -> t.fullkey, case when t.type in ('object', 'array') then t.value
@@ -529,6 +529,7 @@ OWN_TRAITS, PROPERTIES = (f"coalesce(call -> '$.{name}', '{{}}') as {name}" for 
 FIRST_LAST = "min(timestamp) as first_seen, max(timestamp) as last_seen"
 
 APPLICATION_ID, SCHEMA_VERSION = 0x5365676D, 1  # "Segm": in the header of the database files that are ours
+# received_at is when this receiver got a call; private_beta is Segment's condition for listing a destination publicly.
 SCHEMA = f"""
 create table calls (customer text not null, message_id text not null, type text not null, user_id text,
     anonymous_id text, timestamp text not null, received_at text not null, call text not null,
@@ -553,7 +554,8 @@ SAVE = """insert into calls values (?, ?, ?, ?, ?, ?, strftime('%Y-%m-%dT%H:%M:%
     on conflict (customer, message_id) do nothing"""
 FORGET = "delete from calls where customer = ? and user_id = ?"
 
-# Seconds. The sender waits for 5; a call may have to wait for a lock while the calls before it do, and then again.
+# Seconds to wait for a lock that another program has, and for a call to be stored: over twice the first, as the calls
+# before it may wait for the lock too, and less than the 5 that the sender waits.
 LOCK_WAIT, ANSWER_WAIT = 2.0, 4.5
 MOST_AT_ONCE = 1000  # calls in one transaction
 AS_TEXT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -569,14 +571,15 @@ class Change:
     def __init__(self, statement: str, values: tuple[Any, ...]) -> None:
         self.statement, self.values = statement, values
         self.outcome: int | Exception = 0
-        self.done = threading.Lock()  # held until then: nothing is cheaper to wait for
+        self.done = threading.Lock()  # held until the outcome is there: nothing is cheaper to wait for
         self.done.acquire()
 
 
 class Store(Destination):
-    """Keeps each call in an SQLite file, once by customer and message_id. What it has taken is on disk.
+    """Keeps each call in an SQLite file, once by customer and message_id; screen and alias it does not support.
 
-    Syncing is what costs, so the calls that wait at the same moment share a transaction, which one thread writes.
+    What it has taken is on disk. Syncing is what costs, so the calls that wait at the same moment share a transaction,
+    which one thread writes.
     """
 
     def __init__(self, path: str = "calls.db") -> None:
@@ -606,7 +609,7 @@ class Store(Destination):
         change = Change(statement, values)
         self._waiting.put(change)
         if not change.done.acquire(timeout=ANSWER_WAIT):
-            raise Refusal(503, "The call could not be stored in time")
+            raise Refusal(503, "The call could not be stored in time")  # if it still is, its retry is a duplicate
         if isinstance(change.outcome, Exception):
             raise change.outcome
         return change.outcome
@@ -630,7 +633,7 @@ class Store(Destination):
                 try:
                     change.outcome = self._db.execute(change.statement, change.values).rowcount
                 except (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError, ValueError) as error:
-                    change.outcome = error
+                    change.outcome = error  # as of a text that is too large for SQLite
             self._db.execute("commit")
         except Exception as error:  # whatever it is, the next transaction may succeed
             log.error("%d calls could not be stored: %s", len(batch), error)
@@ -658,15 +661,16 @@ def open_database(path: str) -> sqlite3.Connection:
         raise ConfigurationError(f"{path}: this database is of another version of the schema than {SCHEMA_VERSION}")
     db = sqlite3.connect(path, timeout=LOCK_WAIT, isolation_level=None, check_same_thread=False)
     try:
-        # The schema comes before WAL mode, so that the file says whose it is from its first byte on.
+        # The schema comes before WAL mode, so that after a crash in between the file still says whose it is.
         db.execute("begin immediate")
         if db.execute("pragma user_version").fetchone() == (0,):
             for statement in SCHEMA.split(";"):
                 db.execute(statement)
         db.execute("commit")
-        # A commit is on disk, who is forgotten is in no unused page, and pages are copied to the file by the thousand.
-        for setting in ("journal_mode = wal", "synchronous = full", "secure_delete = on", "wal_autocheckpoint = 4000"):
-            db.execute(f"pragma {setting}")
+        db.execute("pragma journal_mode = wal")
+        db.execute("pragma synchronous = full")  # a commit returns when it is on disk
+        db.execute("pragma secure_delete = on")  # who is forgotten is in no unused page
+        db.execute("pragma wal_autocheckpoint = 4000")  # pages: to copy them to the file by the thousand is cheaper
     except sqlite3.Error:
         db.close()
         raise
@@ -676,8 +680,8 @@ def open_database(path: str) -> sqlite3.Connection:
 # ======================================================================================================================
 # 3. The server
 #
-# HTTP/1.1 over TLS, on http.server and ssl, with a thread for each connection. Sockets block, which is fastest; nothing
-# can take for ever, as each connection has a deadline, and who is past it is hung up on.
+# HTTP/1.1 over TLS, on http.server and ssl, with a thread for each connection. Sockets block, which is fastest. No
+# client can take for ever, as each connection has a deadline, and who is past it is hung up on.
 # ======================================================================================================================
 
 log = logging.getLogger("receiver")
@@ -744,7 +748,7 @@ def parse_length(text: str | None) -> int | None:
     if text is None:
         return None
     require(text.isascii() and text.isdigit(), 400, "The Content-Length %s is not plain digits", text)
-    return int(text) if len(text) < 20 else sys.maxsize  # int() would not take thousands of digits
+    return int(text) if len(text) < 20 else sys.maxsize  # too long anyway, and int() takes no thousands of digits
 
 
 # ---- One connection --------------------------------------------------------------------------------------------------
@@ -767,16 +771,20 @@ def utc_now() -> str:
 
 
 class Connection(BaseHTTPRequestHandler):
-    """One client's connection in a thread of its own, from the handshake to the last reply."""
+    """One client's connection in a thread of its own, from the handshake to the last reply.
+
+    Of BaseHTTPRequestHandler it keeps the loop; reading and writing are its own, to be strict and quick.
+    """
 
     server: Server
 
     def setup(self) -> None:
         """Prepare TLS; the handshake comes once the server knows this connection and its deadline."""
         self.deadline = time.monotonic() + self.server.options.timeout  # when the server hangs up
-        self.idle_since, self.served = math.inf, False  # waiting for a request to begin; has had one
-        self.hung_up = self.expects = False
-        self.buffer, self.unread = bytearray(), 0  # what was received; how much of a body is to come, or there already
+        self.idle_since = math.inf  # since when it waits for a request to begin, if it does
+        self.served = self.hung_up = False  # has had a request; the server has hung up
+        self.buffer = bytearray()  # what was received and not yet read
+        self.unread, self.expects = 0, False  # bytes of a body, here or still to come; the client waits for 100
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.tls = self.server.context.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
         self.server.connections.add(self)
@@ -793,30 +801,30 @@ class Connection(BaseHTTPRequestHandler):
         if not self.buffer:
             self.idle_since = time.monotonic()
             self.buffer += self.tls.recv(CHUNK)
-        self.idle_since, started = math.inf, time.monotonic()
+        self.idle_since = math.inf
         if not self.buffer:
             return  # the client has gone, or was silent for too long
-        if self.served:
-            self.deadline = started + options.timeout
-        method = ""
-        try:
-            request, persists = parse_head(self.read_head(), self.read_body)
-            self.close_connection = not persists
-            method, self.unread = request.method, request.length or 0
-            self.expects = request.headers.get("expect", "").lower() == "100-continue"
-            reply = answer(request, self.server.receiver.endpoint, utc_now)
-        except Refusal as refusal:
-            reply = refusal.reply()
-        self.server.receiver.log(reply, time.monotonic() - started)
+        if self.served:  # the deadline of the first request began before the handshake
+            self.deadline = time.monotonic() + options.timeout
+        self.command = ""
+        reply = self.server.receiver.reply(self.read_request)
         # The connection ends where nobody knows whether a refused body comes, and where it is too long to read past.
         if self.server.stopping or self.hung_up or (self.unread and (self.expects or self.unread > options.max_body)):
             self.close_connection = True
         self.deadline = time.monotonic() + options.timeout
-        self.send(reply, method != "HEAD")
+        self.send(reply)
         if self.unread and not self.close_connection:
             with suppress(Refusal):
                 self.read_body()  # of a refused request, to get past it
         self.served, self.deadline = True, time.monotonic() + options.keep_alive
+
+    def read_request(self) -> Request:
+        """The request, its body not read yet. Refusal if it is none."""
+        request, persists = parse_head(self.read_head(), self.read_body)
+        self.close_connection = not persists
+        self.command, self.unread = request.method, request.length or 0
+        self.expects = request.headers.get("expect", "").lower() == "100-continue"
+        return request
 
     def receive(self, what: str) -> None:
         """Add what comes next to the buffer, in the middle of a request. Refusal if nothing does."""
@@ -834,7 +842,7 @@ class Connection(BaseHTTPRequestHandler):
         while (end := self.buffer.find(b"\r\n\r\n")) < 0 or end > MAX_HEAD:
             require(not BARE_LF.search(self.buffer), 400, "A line of the head does not end in CR LF")
             require(len(self.buffer) <= MAX_HEAD, 431, "The head is longer than %s bytes", MAX_HEAD)
-            in_line = len(self.buffer) > MAX_TARGET + 99 and b"\r\n" not in self.buffer
+            in_line = len(self.buffer) > MAX_TARGET + 99 and b"\r\n" not in self.buffer  # 99: method and version
             require(not in_line, 414, "The target is longer than %s bytes", MAX_TARGET)
             self.receive("The head")
         head = self.buffer[:end].decode("latin-1")
@@ -853,16 +861,13 @@ class Connection(BaseHTTPRequestHandler):
         self.unread, self.deadline = 0, math.inf
         return body
 
-    def send(self, reply: Reply, with_body: bool) -> None:
+    def send(self, reply: Reply) -> None:
         """Send a reply, in one write."""
-        body = json.dumps(reply.body) if reply.body else ""
-        fields = {**reply.fields, "Content-Type": "application/json"} if body else reply.fields
+        status, fields, body = rendered(reply)
         lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
-        head = (
-            f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, '')}\r\nDate: {dates(int(time.time()))[0]}\r\n{lines}"
-            f"Connection: {'close' if self.close_connection else 'keep-alive'}\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        self.tls.sendall((head + body if with_body else head).encode())
+        persists = "close" if self.close_connection else "keep-alive"
+        head = f"HTTP/1.1 {status}\r\nDate: {dates(int(time.time()))[0]}\r\nConnection: {persists}\r\n{lines}\r\n"
+        self.tls.sendall(head.encode() + (body if self.command != "HEAD" else b""))
 
     def hang_up(self) -> None:
         """End the connection from another thread: first its reading, so that a reply can still go out, then all of it.
@@ -875,7 +880,7 @@ class Connection(BaseHTTPRequestHandler):
             socket.socket.shutdown(self.tls, how)
 
     def finish(self) -> None:
-        """Close, but let the client read the last reply before: closing on bytes unread would take it back."""
+        """Close, but let the client read the last reply before: to close on bytes unread is a reset, which may undo it."""
         end = time.monotonic() + LINGER
         self.tls.settimeout(LINGER)
         with suppress(OSError, ValueError):
@@ -886,6 +891,15 @@ class Connection(BaseHTTPRequestHandler):
                 pass
         self.server.connections.discard(self)
         self.tls.close()
+
+
+def rendered(reply: Reply) -> tuple[str, dict[str, str], bytes]:
+    """A reply as HTTP has it: the status with its reason, the header fields, and the body."""
+    body = json.dumps(reply.body).encode() if reply.body else b""
+    fields = {**reply.fields, "Content-Length": str(len(body))}
+    if body:
+        fields["Content-Type"] = "application/json"
+    return f"{reply.status} {REASONS.get(reply.status, '')}", fields, body
 
 
 class Lines(logging.StreamHandler[TextIO]):
@@ -932,7 +946,7 @@ class Receiver:
 
     @staticmethod
     def look(path: str) -> tuple[int, ...]:
-        """What is another when a file has changed."""
+        """What changes whenever a file does; nothing if it is not there."""
         with suppress(OSError):
             status = os.stat(path)
             return status.st_ctime_ns, status.st_ino
@@ -962,6 +976,16 @@ class Receiver:
             log.warning("%d keys read from %s", len(self.endpoint.keys), self.options.api_keys)
         except ConfigurationError as error:
             log.error("The keys stay as they were: %s", error)
+
+    def reply(self, read_request: Callable[[], Request]) -> Reply:
+        """The reply to a request that is still to be read; it is then a line in the log."""
+        started = time.monotonic()
+        try:
+            reply = answer(read_request(), self.endpoint, utc_now)
+        except Refusal as refusal:
+            reply = refusal.reply()
+        self.log(reply, time.monotonic() - started)
+        return reply
 
     def log(self, reply: Reply, seconds: float) -> None:
         """One line about a request: what was answered, to which call of whom, how long it took, and why not 2xx."""
@@ -1092,6 +1116,8 @@ def tls_context(options: argparse.Namespace) -> ssl.SSLContext:
 
 # ======================================================================================================================
 # 4. Other ways in
+#
+# The same endpoint from Python: in a thread, as tests want it, and behind any WSGI server.
 # ======================================================================================================================
 
 
@@ -1116,23 +1142,17 @@ def wsgi(destination: Destination | None = None, **options: Any) -> Callable[...
     receiver = Receiver(destination, parse_options(options))
 
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        started = time.monotonic()
         receiver.reload_keys()
-        try:
-            reply = answer(parse_environ(environ), receiver.endpoint, utc_now)
-        except Refusal as refusal:
-            reply = refusal.reply()
-        body = json.dumps(reply.body).encode() if reply.body else b""
-        fields = {**reply.fields, "Content-Type": "application/json", "Content-Length": str(len(body))}
-        start_response(f"{reply.status} {REASONS.get(reply.status, '')}", list(fields.items()))
-        receiver.log(reply, time.monotonic() - started)
+        status, fields, body = rendered(receiver.reply(lambda: parse_environ(environ)))
+        fields["Content-Type"] = "application/json"  # wsgiref's validator wants one on an empty body too
+        start_response(status, list(fields.items()))
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
     return application
 
 
 def parse_environ(environ: dict[str, Any]) -> Request:
-    """The request in a WSGI environment. Refusal if its Content-Length is none."""
+    """The request in a WSGI environment. Refusal if its Content-Length is not a number."""
     headers = {name[5:].replace("_", "-").lower(): value for name, value in environ.items() if name.startswith("HTTP_")}
     if environ.get("CONTENT_TYPE"):
         headers["content-type"] = environ["CONTENT_TYPE"]
@@ -1162,6 +1182,8 @@ def load_destination(name: str) -> Destination:
 
 # ======================================================================================================================
 # 5. The command line
+#
+# Options, signals, the greeting, and the making of keys. Every mistake is one line and exit status 2.
 # ======================================================================================================================
 
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
@@ -1176,7 +1198,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def from_to(kind: type[int] | type[float], least: float, most: float) -> Callable[[str], float]:
-    """A reader of numbers between these two."""
+    """A reader of numbers from the least to the most."""
 
     def number(text: str) -> float:
         if not least <= (value := kind(text)) <= most:
@@ -1187,7 +1209,7 @@ def from_to(kind: type[int] | type[float], least: float, most: float) -> Callabl
 
 
 def endpoint_path(text: str) -> str:
-    """A path that a request line can name, and that is not taken."""
+    """A path that a request line can name, and that is not that of the health check."""
     if not re.fullmatch(r"/[!-~]*", text) or set(text) & set("?#") or text == HEALTH:
         raise argparse.ArgumentTypeError(f"{text!r} is not a slash and visible ASCII without ? and #, or is {HEALTH}")
     return text
@@ -1247,7 +1269,7 @@ def run(options: argparse.Namespace) -> None:
     lines = Lines(sys.stderr)
     form = "%(asctime)s.%(msecs)03dZ %(message)s"
     logging.basicConfig(format=form, datefmt="%Y-%m-%dT%H:%M:%S", handlers=[lines])
-    if hasattr(os, "SCHED_BATCH"):  # a thread that wakes does not interrupt the one that has Python's lock
+    if hasattr(os, "SCHED_BATCH"):  # who wakes does not interrupt the thread that has Python's lock, only to wait for it
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     receiver = Receiver(None, options)
     receiver.lines = lines
