@@ -880,7 +880,7 @@ class Connection(BaseHTTPRequestHandler):
             socket.socket.shutdown(self.tls, how)
 
     def finish(self) -> None:
-        """Close, but let the client read the last reply before: to close on bytes unread is a reset, which may undo it."""
+        """Close, but let the client read the last reply before: a close on unread bytes is a reset, and may undo it."""
         end = time.monotonic() + LINGER
         self.tls.settimeout(LINGER)
         with suppress(OSError, ValueError):
@@ -1269,7 +1269,7 @@ def run(options: argparse.Namespace) -> None:
     lines = Lines(sys.stderr)
     form = "%(asctime)s.%(msecs)03dZ %(message)s"
     logging.basicConfig(format=form, datefmt="%Y-%m-%dT%H:%M:%S", handlers=[lines])
-    if hasattr(os, "SCHED_BATCH"):  # who wakes does not interrupt the thread that has Python's lock, only to wait for it
+    if hasattr(os, "SCHED_BATCH"):  # a thread that wakes then interrupts none that has Python's lock, to wait for it
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     receiver = Receiver(None, options)
     receiver.lines = lines
