@@ -912,12 +912,14 @@ class Lines(logging.StreamHandler[TextIO]):
         now = time.monotonic()
         if now > self.next_flush:
             self.next_flush = now + 0.1
-            super().flush()
+            with suppress(OSError):  # a log that is full stops nothing
+                super().flush()
 
     def write(self, text: str) -> None:
         """Write a line about a request without making it a LogRecord, which costs as much as half of the request."""
-        self.stream.write(f"{utc_now()} {text}\n")
-        self.flush()
+        with suppress(OSError):
+            self.stream.write(f"{utc_now()} {text}\n")
+            self.flush()
 
 
 def plain(word: object) -> str:
@@ -1082,16 +1084,14 @@ class Server(ThreadingTCPServer):
 
     def stop(self) -> None:
         """Accept no more, finish what is in flight, 5 seconds at the most, and close the destination."""
-        self.stopping, end = True, time.monotonic() + 5
+        self.stopping, end = True, time.monotonic() + ANSWER_WAIT
         self.shutdown()
         self.server_close()
-        while self.connections and time.monotonic() < end:
+        while self.connections and time.monotonic() < end + 0.5:  # the last of it is for saying 503
             for connection in list(self.connections):
-                if connection.idle_since < math.inf and not connection.hung_up:
+                if not connection.hung_up and (connection.idle_since < math.inf or time.monotonic() > end):
                     connection.hang_up()
             time.sleep(0.01)
-        for connection in list(self.connections):
-            connection.hang_up()
         self.receiver.endpoint.destination.close()
 
     def __exit__(self, *_: object) -> None:
@@ -1275,7 +1275,8 @@ def run(options: argparse.Namespace) -> None:
     receiver.lines = lines
     with Server(receiver) as server:
         print(f"Listening on {server.url}", flush=True)
-        print(greeting(server), file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(greeting(server), file=sys.stderr, flush=True)
         while (number := signal.sigwait(SIGNALS)) in (signal.SIGHUP, signal.SIGUSR1):
             server.reload() if number == signal.SIGHUP else server.receiver.toggle_maintenance()
 

@@ -177,8 +177,8 @@ RECEIVER = (sys.executable, HERE / "receiver.py")
 class Process(contextlib.AbstractContextManager["Process"]):
     """A receiver in a process of its own, on a free port and with a database of its own, until the context ends."""
 
-    def __init__(self, folder: Path, *options: object, cwd: Path = HERE) -> None:
-        self.database, self.log_path = folder / "calls.db", folder / f"log-{time.monotonic_ns()}"
+    def __init__(self, folder: Path, *options: object, cwd: Path = HERE, log_path: Path | None = None) -> None:
+        self.database, self.log_path = folder / "calls.db", log_path or folder / f"log-{time.monotonic_ns()}"
         self.tls_cert, words = str(CERT), [*RECEIVER, "--port", 0, "--database", self.database, *options]
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(
@@ -1347,6 +1347,12 @@ def test_verbose_does_not_multiply_a_call_that_is_deep_and_wide(tmp_path: Path) 
         for call in {**TRACK, "properties": {"a": wide}}, TRACK:  # after the second the first is logged
             assert wire.status(request(call)) == 200
         assert len(process.log) < 1_000_000 and process.vitals()[2] < 150
+
+
+def test_a_log_that_is_full_stops_nothing(tmp_path: Path) -> None:
+    with Process(tmp_path, log_path=Path("/dev/full")) as process, Wire(process) as wire:
+        assert {wire.send(posting()).reply()[0] for _ in range(500)} == {200}
+        assert process.stop() == 0
 
 
 def test_no_api_key_is_found_in_keys_file_log_or_reply(tmp_path: Path) -> None:
