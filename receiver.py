@@ -864,9 +864,11 @@ class Connection(BaseHTTPRequestHandler):
     def send(self, reply: Reply) -> None:
         """Send a reply, in one write."""
         status, fields, body = rendered(reply)
-        lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
-        persists = "close" if self.close_connection else "keep-alive"
-        head = f"HTTP/1.1 {status}\r\nDate: {dates(int(time.time()))[0]}\r\nConnection: {persists}\r\n{lines}\r\n"
+        lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()]) if fields else ""
+        head = (
+            f"HTTP/1.1 {status}\r\nDate: {dates(int(time.time()))[0]}\r\n{lines}"
+            f"Connection: {'close' if self.close_connection else 'keep-alive'}\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
         self.tls.sendall(head.encode() + (body if self.command != "HEAD" else b""))
 
     def hang_up(self) -> None:
@@ -893,12 +895,10 @@ class Connection(BaseHTTPRequestHandler):
         self.tls.close()
 
 
-def rendered(reply: Reply) -> tuple[str, dict[str, str], bytes]:
-    """A reply as HTTP has it: the status with its reason, the header fields, and the body."""
+def rendered(reply: Reply) -> tuple[str, Mapping[str, str], bytes]:
+    """A reply as HTTP has it: the status with its reason, its own header fields, and the body."""
     body = json.dumps(reply.body).encode() if reply.body else b""
-    fields = {**reply.fields, "Content-Length": str(len(body))}
-    if body:
-        fields["Content-Type"] = "application/json"
+    fields = {**reply.fields, "Content-Type": "application/json"} if body else reply.fields
     return f"{reply.status} {REASONS.get(reply.status, '')}", fields, body
 
 
@@ -1144,8 +1144,9 @@ def wsgi(destination: Destination | None = None, **options: Any) -> Callable[...
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         receiver.reload_keys()
         status, fields, body = rendered(receiver.reply(lambda: parse_environ(environ)))
-        fields["Content-Type"] = "application/json"  # wsgiref's validator wants one on an empty body too
-        start_response(status, list(fields.items()))
+        # The Content-Type of an empty body is for wsgiref's validator, which wants one.
+        always = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        start_response(status, list({**fields, **always}.items()))
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
     return application
