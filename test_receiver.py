@@ -753,12 +753,14 @@ def test_a_method_returns_nothing_or_accepted_or_raises_and_else_it_is_500(outco
     reply = ask(destination=Recorder(outcome))
     assert reply.status == status and isinstance(reply.error, Exception) == (status == 500)
     assert reply.body == {500: {"message": "Internal error"}, 422: {"message": "No"}}.get(status, {})
+    if isinstance(reply.error, TypeError):
+        assert str(reply.error).endswith(f" returned {outcome!r}, which is not None, 200 or 202")
 
 
 def test_a_refusals_status_is_from_400_to_599() -> None:
     assert [receiver.Refusal(status, "No").status for status in (400, 599)] == [400, 599]
     for status in (200, 399, 600):
-        with pytest.raises(ValueError, match="400 to 599"):
+        with pytest.raises(ValueError, match=f"^a refusal's status is from 400 to 599, not {status}$"):
             receiver.Refusal(status, "No")
 
 
