@@ -872,7 +872,7 @@ class Connection(BaseHTTPRequestHandler):
         self.tls.sendall(head.encode() + (body if self.command != "HEAD" else b""))
 
     def hang_up(self) -> None:
-        """End the connection from another thread: first its reading, so that a reply can still go out, then all of it.
+        """End the connection's reading, from the server's thread; a reply can still go out. Called again, end all of it.
 
         It is the plain socket's shutdown, as that of SSLSocket would end the encryption that the other thread uses.
         """
@@ -1062,9 +1062,9 @@ class Server(ThreadingTCPServer):
         if now > self.next_look:
             self.next_look = now + 0.1
             self.receiver.reload_keys()
-            for handler in logging.getLogger().handlers:
-                handler.flush()
-            for connection in list(self.connections):
+            if self.receiver.lines:
+                self.receiver.lines.flush()
+            for connection in list(self.connections):  # a copy, as other threads change the set
                 if connection.deadline < now:
                     connection.hang_up()
 
