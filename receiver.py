@@ -872,7 +872,7 @@ class Connection(BaseHTTPRequestHandler):
         self.tls.sendall(head.encode() + (body if self.command != "HEAD" else b""))
 
     def hang_up(self) -> None:
-        """End the connection's reading, from the server's thread; a reply can still go out. Called again, end all of it.
+        """End the reading, from the thread of the server; a reply can still go out. Called again, end all of it.
 
         It is the plain socket's shutdown, as that of SSLSocket would end the encryption that the other thread uses.
         """
