@@ -309,32 +309,6 @@ CALLS: dict[str, tuple[str, ...]] = {
 NEEDED = {"track": "event", "group": "group_id", "delete": "user_id", "alias": "previous_id"}  # they cannot be empty
 
 
-class Call(SimpleNamespace):
-    """One call, checked. A field that is absent or null is None, an object {}; those of other types are in raw."""
-
-    customer: str  # whose key it came with
-    type: str
-    user_id: str | None = None  # the customer's id of the user
-    anonymous_id: str | None = None  # stands in for it; one of the two is there
-    event: str | None = None  # track
-    name: str | None = None  # page and screen
-    group_id: str | None = None  # group
-    previous_id: str | None = None  # alias
-    traits: dict[str, Any]  # identify: of the user; group: of the group
-    properties: dict[str, Any]  # track, page and screen
-    context: dict[str, Any]  # ip, user agent, library, campaign, ...
-    message_id: str  # unique per call, the same on a retry or a replay; made here if it came without
-    timestamp: str  # when it happened, the time to order by: in UTC with milliseconds and Z, so that it sorts as text
-    sent_at: str | None = None  # likewise
-    original_timestamp: Any = None  # what the client's clock said; this and what follows is as it came
-    received_at: Any = None  # when Segment got it
-    integrations: Any = None  # which other destinations got it
-    version: Any = None  # of the Spec
-    settings: dict[str, Any]  # from X-Segment-Settings
-    raw: dict[str, Any]  # the whole object in snake_case
-    duplicate = False  # a destination sets this where the call came before, and the log will say so
-
-
 def an_id(value: Any) -> str | None:
     """An id as text: a whole number (True is none) as its digits, an empty id as none. ValueError: what it is not."""
     if type(value) is int:
@@ -376,20 +350,42 @@ def utc(value: Any) -> str:
         raise ValueError("not an ISO 8601 time") from None
 
 
-def as_it_came(value: Any) -> Any:
-    """Anything: a field that only some destination knows what to do with."""
-    return value
-
-
-# What is done with each field that is there: those of every type of call, and those in the row of some types only.
-ALWAYS: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("user_id", "anonymous_id", "message_id"), an_id),
-    **dict.fromkeys(("traits", "properties", "context"), an_object),
-    **dict.fromkeys(("timestamp", "sent_at"), utc),
-    **dict.fromkeys(("type", "original_timestamp", "received_at", "integrations", "version"), as_it_came),
+# The fields of a call, and what is made of each that is there; None: it is taken as it came.
+FIELDS: dict[str, Callable[[Any], Any] | None] = {
+    "type": None,
+    "user_id": an_id,  # the customer's id of the user
+    "anonymous_id": an_id,  # stands in for it; one of the two is there
+    "event": a_string,  # track
+    "name": a_string,  # page and screen
+    "group_id": an_id,  # group
+    "previous_id": an_id,  # alias
+    "traits": an_object,  # identify: of the user; group: of the group
+    "properties": an_object,  # track, page and screen
+    "context": an_object,  # ip, user agent, library, campaign, ...
+    "message_id": an_id,  # unique per call, the same on a retry or a replay; made here if it came without
+    "timestamp": utc,  # when it happened: the time to order by
+    "sent_at": utc,  # when it left the client
+    "original_timestamp": None,  # what the client's clock said when it happened
+    "received_at": None,  # when Segment got it
+    "integrations": None,  # which other destinations got it
+    "version": None,  # of the Spec
 }
-IN_ROW = {"event": a_string, "name": a_string, "group_id": an_id, "previous_id": an_id}
-CHECKS = {kind: ALWAYS | {field: IN_ROW[field] for field in IN_ROW.keys() & row} for kind, row in CALLS.items()}
+OF_SOME = {"event", "name", "group_id", "previous_id"}  # they belong to the types of call that have them in their row
+CHECKS = {
+    kind: {field: check for field, check in FIELDS.items() if field in row or field not in OF_SOME}
+    for kind, row in CALLS.items()
+}
+ABSENT = dict.fromkeys(FIELDS)
+
+
+class Call(SimpleNamespace):
+    """One call, checked: every one of FIELDS is an attribute; absent, null, or of other types of call it is None.
+
+    But `traits`, `properties` and `context` are {} then. `customer` is whose key it came with, `settings` is what
+    X-Segment-Settings says, and `raw` the whole object in snake_case.
+    """
+
+    duplicate = False  # a destination sets this where the call came before, and the log will say so
 
 
 def make_call(raw: dict[str, Any], customer: str, settings: dict[str, Any], now: Clock) -> Call:
@@ -399,24 +395,23 @@ def make_call(raw: dict[str, Any], customer: str, settings: dict[str, Any], now:
     was sent, else now.
     """
     checks, field = CHECKS[raw["type"]], ""
-    fields: dict[str, Any] = {"traits": {}, "properties": {}, "context": {}}
+    fields: dict[str, Any] = {**ABSENT, "traits": {}, "properties": {}, "context": {}}
     try:
         for field, value in raw.items():
             if value is not None and field in checks:
-                fields[field] = checks[field](value)
+                check = checks[field]
+                fields[field] = check(value) if check else value
     except ValueError as error:
         raise Refusal(400, f"The field {field} is {error}") from None
-    some_id = fields.get("user_id") or fields.get("anonymous_id")
-    require(some_id, 400, "The fields user_id and anonymous_id are both missing")
+    require(fields["user_id"] or fields["anonymous_id"], 400, "The fields user_id and anonymous_id are both missing")
     needed = NEEDED.get(raw["type"])
-    if needed and not fields.get(needed):
+    if needed and not fields[needed]:
         raise Refusal(400, f"The field {needed} is missing")
-    if "timestamp" not in fields:
+    if fields["timestamp"] is None:
         with suppress(ValueError):
-            fields["timestamp"] = utc(raw.get("original_timestamp"))
-        fields.setdefault("timestamp", fields.get("sent_at") or now())
-    if not fields.get("message_id"):
-        fields["message_id"] = str(uuid.uuid4())
+            fields["timestamp"] = utc(fields["original_timestamp"])
+    fields["timestamp"] = fields["timestamp"] or fields["sent_at"] or now()
+    fields["message_id"] = fields["message_id"] or str(uuid.uuid4())
     return Call(customer=customer, settings=settings, raw=raw, **fields)
 
 
@@ -1252,12 +1247,9 @@ def main() -> None:
     """Run the command line: serve until a signal says stop, or add a key."""
     try:
         options = options_parser().parse_args()
-        if options.add_key is not None:
-            add_key(options)
-        elif options.calls is not None or options.expires is not None:
+        if options.add_key is None and (options.calls, options.expires) != (None, None):
             raise ConfigurationError("--calls and --expires go with --add-key")
-        else:
-            run(options)
+        run(options) if options.add_key is None else add_key(options)
     except ConfigurationError as error:
         sys.exit(print(f"receiver.py: {error}", file=sys.stderr) or 2)
 
