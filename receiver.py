@@ -898,23 +898,18 @@ def rendered(reply: Reply) -> tuple[str, Mapping[str, str], bytes]:
 
 
 class Lines(logging.StreamHandler[TextIO]):
-    """The log on a stream: at once while lines are few, ten times a second when they come by the thousand."""
+    """The log on a stream. Lines about requests that come by the thousand are written together."""
 
     next_flush = 0.0
 
-    def flush(self) -> None:
-        """Called after every line, and by the server's service_actions()."""
-        now = time.monotonic()
-        if now > self.next_flush:
-            self.next_flush = now + 0.1
-            with suppress(OSError):  # a log that is full stops nothing
-                super().flush()
-
     def write(self, text: str) -> None:
         """Write a line about a request without making it a LogRecord, which costs as much as half of the request."""
-        with suppress(OSError):
+        with suppress(OSError):  # a log that is full stops nothing
             self.stream.write(f"{utc_now()} {text}\n")
-            self.flush()
+            now = time.monotonic()
+            if now > self.next_flush:  # else the next line does it, or service_actions()
+                self.next_flush = now + 0.005
+                self.flush()
 
 
 def plain(word: object) -> str:
@@ -986,8 +981,7 @@ class Receiver:
 
     def log(self, reply: Reply, seconds: float) -> None:
         """One line about a request: what was answered, to which call of whom, how long it took, and why not 2xx."""
-        level = logging.INFO if reply.status < 400 else logging.WARNING
-        if not log.isEnabledFor(level):
+        if reply.status < 400 and self.options.quiet:
             return
         raw, why = reply.raw, reply.body.get("message", "")
         about = raw.get("type"), reply.customer, raw.get("user_id") or raw.get("anonymous_id")
@@ -998,8 +992,8 @@ class Receiver:
         if self.lines and not reply.error:
             self.lines.write(text)
         else:
-            log.log(level, "%s", text, exc_info=reply.error)
-        if raw and log.isEnabledFor(logging.DEBUG):
+            log.log(logging.INFO if reply.status < 400 else logging.WARNING, "%s", text, exc_info=reply.error)
+        if raw and self.options.verbose:
             log.debug("{\n%s\n}", ",\n".join(f"    {json.dumps(name)}: {json.dumps(raw[name])}" for name in raw))
 
     def toggle_maintenance(self) -> None:
@@ -1058,7 +1052,8 @@ class Server(ThreadingTCPServer):
             self.next_look = now + 0.1
             self.receiver.reload_keys()
             if self.receiver.lines:
-                self.receiver.lines.flush()
+                with suppress(OSError):
+                    self.receiver.lines.flush()
             for connection in list(self.connections):  # a copy, as other threads change the set
                 if connection.deadline < now:
                     connection.hang_up()
