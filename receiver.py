@@ -986,9 +986,11 @@ class Receiver:
         raw, why = reply.raw, reply.body.get("message", "")
         about = raw.get("type"), reply.customer, raw.get("user_id") or raw.get("anonymous_id")
         words = [plain(word) if word else "-" for word in (*about, raw.get("event") or raw.get("name"))]
-        words += ["duplicate"] * reply.duplicate
-        words += [f"{seconds * 1000:.1f} ms", why if why.isprintable() else quoted(why)]
-        text = f"{reply.status} {' '.join(words).rstrip()}"
+        if reply.duplicate:
+            words.append("duplicate")
+        text = f"{reply.status} {' '.join(words)} {seconds * 1000:.1f} ms"
+        if why:
+            text += f" {why if why.isprintable() else quoted(why)}"
         if self.lines and not reply.error:
             self.lines.write(text)
         else:
