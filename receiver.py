@@ -306,7 +306,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "screen": ("user_id", "name", "properties"),  # where in an app are they doing it?
     "alias": ("user_id", "previous_id"),  # who were they before?
 }
-NEEDED = {"track": "event", "group": "group_id", "delete": "user_id", "alias": "previous_id"}  # they cannot be empty
+NEEDED = {"track": "event", "group": "group_id", "delete": "user_id", "alias": "previous_id"}  # besides some id
 
 
 def an_id(value: Any) -> str | None:
@@ -442,6 +442,7 @@ def dispatch(handler: Callable[..., Any], call: Call) -> Reply:
 
 HEALTH = "/health"  # for load balancers and monitors; it is no part of Segment's protocol
 
+
 class Request(NamedTuple):
     """A request whose head is clean HTTP/1.x: that is rung 1, and the server's business."""
 
@@ -554,6 +555,9 @@ FORGET = "delete from calls where customer = ? and user_id = ?"
 LOCK_WAIT, ANSWER_WAIT = 2.0, 4.5
 MOST_AT_ONCE = 1000  # calls in one transaction
 AS_TEXT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+log = logging.getLogger("receiver")
 
 
 class ConfigurationError(ValueError):
@@ -679,8 +683,6 @@ def open_database(path: str) -> sqlite3.Connection:
 # client can take for ever, as each connection has a deadline, and who is past it is hung up on.
 # ======================================================================================================================
 
-log = logging.getLogger("receiver")
-
 # ---- Rung 1: the head of a request -----------------------------------------------------------------------------------
 #
 # The parser of http.server takes much that another program on the way reads differently, which is how requests are
@@ -689,7 +691,7 @@ log = logging.getLogger("receiver")
 MAX_TARGET, MAX_HEAD, MAX_FIELDS = 8192, 65_536, 100
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")  # RFC 9112 §3
 request_line = lru_cache(maxsize=64)(REQUEST_LINE.fullmatch)
-FIELD_LINE = re.compile(rf"({TOKEN}):[\t ]*([\t -~\x80-\xff]*?)[\t ]*")  # §5, without the obsolete folding of §5.2
+FIELD_LINE = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)")  # §5, without the obsolete folding of §5.2
 BARE_LF = re.compile(rb"(?<!\r)\n")  # §2.2
 ONLY_ONCE = {"host", "content-length", "content-type", "authorization"}  # where two would be two readings
 
@@ -733,9 +735,12 @@ def parse_fields(lines: list[str]) -> dict[str, str]:
 
 @lru_cache(maxsize=256)
 def parse_field(line: str) -> tuple[str, str] | None:
-    """The name, in lower case, and the value in a line of the head; None if it is not that."""
+    """The name, in lower case, and the value in a line of the head; None if it is not that.
+
+    The blanks are not the expression's business: to try all ways to part them could take minutes.
+    """
     parts = FIELD_LINE.fullmatch(line)
-    return parts and (parts[1].lower(), parts[2])
+    return parts and (parts[1].lower(), parts[2].strip(" \t"))
 
 
 def parse_length(text: str | None) -> int | None:
@@ -834,11 +839,13 @@ class Connection(BaseHTTPRequestHandler):
 
     def read_head(self) -> str:
         """The head, up to the empty line that ends it. Refusal if it does not come whole."""
-        while (end := self.buffer.find(b"\r\n\r\n")) < 0 or end > MAX_HEAD:
-            require(not BARE_LF.search(self.buffer), 400, "A line of the head does not end in CR LF")
+        looked = 0  # so that bytes that come one by one are not looked at over and over
+        while (end := self.buffer.find(b"\r\n\r\n", looked)) < 0 or end > MAX_HEAD:
+            require(not BARE_LF.search(self.buffer, looked), 400, "A line of the head does not end in CR LF")
             require(len(self.buffer) <= MAX_HEAD, 431, "The head is longer than %s bytes", MAX_HEAD)
             in_line = len(self.buffer) > MAX_TARGET + 99 and b"\r\n" not in self.buffer  # 99: method and version
             require(not in_line, 414, "The target is longer than %s bytes", MAX_TARGET)
+            looked = max(0, len(self.buffer) - 3)
             self.receive("The head")
         head = self.buffer[:end].decode("latin-1")
         del self.buffer[: end + 4]

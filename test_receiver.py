@@ -1618,6 +1618,8 @@ HEAVY = {
     "many encodings": (415, request(TRACK, "Content-Encoding: " + "x," * 30_000)),
     "deep settings": (400, request(TRACK, "X-Segment-Settings: " + base64.b64encode(b"[" * 40_000).decode())),
     "many wishes": (200, request(TRACK, "Connection: " + "," * 60_000)),
+    "blanks in a header": (200, request(TRACK, "X: a" + " " * 60_000 + "b")),
+    "blanks before what no header may have": (400, request(TRACK, "X:" + " " * 60_000 + "\1")),
     "many expectations": (200, request(TRACK, "Expect: " + "100-continue," * 4000)),
 }  # fmt: skip
 
