@@ -38,7 +38,7 @@ import types
 import wsgiref.util
 import wsgiref.validate
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -234,9 +234,9 @@ def post(server: receiver.Server | Process, call: Any = TRACK, key: str = "segme
     return requests.post(url or server.url, json=call, auth=(key, ""), verify=server.tls_cert, timeout=20)
 
 
-def connect(server: receiver.Server | Process, timeout: float = 15) -> socket.socket:
+def connect(server: receiver.Server | Process) -> socket.socket:
     parts = urlsplit(server.url)
-    return socket.create_connection((parts.hostname, parts.port), timeout)
+    return socket.create_connection((parts.hostname, parts.port), 15)
 
 
 class Answer(NamedTuple):
@@ -250,11 +250,9 @@ class Answer(NamedTuple):
 class Wire(contextlib.AbstractContextManager["Wire"]):
     """A TLS connection that sends the bytes that it is given, and reads replies one by one."""
 
-    def __init__(
-        self, server: receiver.Server | Process, context: ssl.SSLContext | None = None, plain: Any = None
-    ) -> None:
+    def __init__(self, server: receiver.Server | Process, context: ssl.SSLContext | None = None) -> None:
         context = context or ssl.create_default_context(cafile=server.tls_cert)
-        self.tls = context.wrap_socket(plain or connect(server), server_hostname="localhost")
+        self.tls = context.wrap_socket(connect(server), server_hostname="localhost")
         self.buffer = b""
 
     def send(self, data: bytes) -> Wire:
@@ -308,9 +306,8 @@ class Load(contextlib.AbstractContextManager["Load"]):
     def __init__(self, server: receiver.Server | Process, name: object, clients: int, most: int = 10**9) -> None:
         self.server, self.most, self.enough = server, most, threading.Event()
         self.sent, self.stored, self.others, self.seconds = set[str](), set[str](), list[Any](), list[float]()
-        self.threads = [threading.Thread(target=self.client, args=(f"{name}-{number}-",)) for number in range(clients)]
-        for thread in self.threads:
-            thread.start()
+        self.pool = ThreadPoolExecutor(clients)
+        self.clients = [self.pool.submit(self.client, f"{name}-{number}-") for number in range(clients)]
 
     def client(self, name: str) -> None:
         with contextlib.suppress(OSError), Wire(self.server) as wire:
@@ -327,8 +324,7 @@ class Load(contextlib.AbstractContextManager["Load"]):
                     break
 
     def wait(self) -> Load:
-        for thread in self.threads:
-            thread.join()
+        self.pool.shutdown()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -801,17 +797,15 @@ def test_who_is_deleted_is_in_no_unused_page(store: FileStore) -> None:
     assert [*store.path.parent.iterdir()] == [store.path] and b"gone-with-the-wind" not in store.path.read_bytes()
 
 
-@pytest.mark.parametrize("condition", ["customer = 'demo' and {} = 'x'", "{} = 'x'"])
-@pytest.mark.parametrize(("view", "column", "index"), [
-    ("users", "user_id", "calls_by_user (user_id=?"), ("accounts", "group_id", "calls_by_group (<expr>=?"),
+@pytest.mark.parametrize(("view", "index"), [
+    ("users where {}user_id = 'x'", "calls_by_user (user_id=?"),
+    ("accounts where {}group_id = 'x'", "calls_by_group (<expr>=?"),
 ])  # fmt: skip
-def test_users_and_accounts_are_found_by_their_id_alone_through_an_index(
-    store: FileStore, view: str, column: str, index: str, condition: str
-) -> None:
-    query = f"explain query plan select traits, last_seen from {view} where {condition.format(column)}"
-    plan = rows(store.path, query)
-    steps = [step for *_, step in plan if re.match(r"(SCAN|SEARCH) (calls|c|o|USING)\b", step)]
-    assert len(steps) == 2 and all(index in step for step in steps), plan
+def test_users_and_accounts_are_found_by_id_alone_through_an_index(store: FileStore, view: str, index: str) -> None:
+    for condition in ("", "customer = 'demo' and "):
+        plan = rows(store.path, f"explain query plan select traits, last_seen from {view.format(condition)}")
+        steps = [step for *_, step in plan if re.match(r"(SCAN|SEARCH) (calls|c|o|USING)\b", step)]
+        assert len(steps) == 2 and all(index in step for step in steps), plan
 
 
 @pytest.mark.parametrize(("customers", "events", "fulfilled"), [(9, 20, 0), (9, 21, 1), (10, 10, 1)])
@@ -1272,8 +1266,7 @@ def test_beyond_max_connections_new_ones_wait_if_none_is_idle(tmp_path: Path) ->
         for wire in first, second:  # each waits for its body, as the server knows
             assert wire.status(head("Expect: 100-continue", length=len(TRACK_JSON))) == 100
         with Load(process, "third", 1, 1) as third:
-            third.threads[0].join(0.5)
-            assert third.threads[0].is_alive() and first.status(TRACK_JSON) == 200
+            assert not wait(third.clients, 0.5).done and first.status(TRACK_JSON) == 200
         assert len(third.stored) == 1 and second.status(TRACK_JSON) == 200
 
 
@@ -1377,9 +1370,9 @@ def test_who_is_stuck_or_trickles_is_gone_after_the_timeout_and_a_normal_one_nev
 
 
 def test_a_client_that_pipelines_thousands_and_reads_no_reply_is_gone_after_the_timeout(running: Process) -> None:
-    context, plain = ssl.create_default_context(cafile=running.tls_cert), connect(running, 8)
-    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    with Wire(running, context, plain) as wire, pytest.raises(OSError) as caught:
+    with Wire(running) as wire, pytest.raises(OSError) as caught:
+        wire.tls.settimeout(8)
+        wire.tls.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         for _ in range(1000):
             wire.send(head(target="/" + "x" * 70, length=0) * 100)
     assert not isinstance(caught.value, TimeoutError) and post(running).status_code == 200
