@@ -416,7 +416,6 @@ def key_of(customer: str, key: str = "segment", expires: str | None = None) -> d
 
 LOGIN = {"WWW-Authenticate": 'Basic realm="Segment calls", charset="UTF-8"'}
 SOONER, LATER, EXPIRED = "2026-01-15T11:59:59.999Z", "2026-01-15T12:00:00.001Z", {"message": "API token expired"}
-GET_ONLY, POST_ONLY = ({"message": f"The method 'BREW' is not allowed, only {only}"} for only in ("GET, HEAD", "POST"))
 JSON_TYPES = [
     None, "application/json", "Application/JSON", "application/vnd.segment+json", "application/vnd.x.v2+JSON",
     "application/json; charset=utf-8", 'application/json;charset="UTF-8"', "application/json ; Charset=Utf-8",
@@ -439,10 +438,9 @@ QUOTED = {"x" * 78: "'" + "x" * 78 + "'", "x" * 79: "'" + "x" * 78 + "…", "\x1
        (200, {"status": "ok"})) for method in ("GET", "HEAD")),
     *(("or 503 in maintenance", {"target": "/health", "method": method, "maintenance": True}, (503,))
       for method in ("GET", "HEAD")),
-    ("405 with Allow: POST, also for methods nobody has heard of", {"method": "BREW"},
-     (405, POST_ONLY, {"Allow": "POST"}, "")),
-    ("405 with Allow: GET, HEAD", {"method": "BREW", "target": "/health"},
-     (405, GET_ONLY, {"Allow": "GET, HEAD"}, "")),
+    *((f"405 with Allow: {only}, also for methods nobody has heard of", {"method": "BREW", "target": path},
+       (405, {"message": f"The method 'BREW' is not allowed, only {only}"}, {"Allow": only}, ""))
+      for path, only in (("/", "POST"), ("/health", "GET, HEAD"))),
     ("503 with Retry-After", {"maintenance": True}, (503, {"message": "Down for maintenance"}, {"Retry-After": "5"})),
     ("401 with WWW-Authenticate: Basic", {"authorization": None},
      (401, {"message": "The Authorization header is missing"}, LOGIN, "")),
@@ -457,11 +455,11 @@ QUOTED = {"x" * 78: "'" + "x" * 78 + "'", "x" * 79: "'" + "x" * 78 + "…", "\x1
       for media in JSON_TYPES),
     *(("neither application/json nor application/*+json, or a charset other than UTF-8", {"content_type": media},
        (415,)) for media in OTHER_TYPES),
-    ("a field that the call's row needs is missing", {"body": {"type": "alias", "user_id": "u", "previous_id": ""}},
-     (400, {"message": "The field previous_id is missing"})),
     ("content encoding is identity in any case", {"content_encoding": "Identity"}, (200,)),
     *(("what a message quotes is cut and escaped", {"body": {"type": text, "user_id": "u"}},
        (501, {"message": f"Calls of type {shown} are not supported"})) for text, shown in QUOTED.items()),
+    ("a field that the call's row needs is missing", {"body": {"type": "alias", "user_id": "u", "previous_id": ""}},
+     (400, {"message": "The field previous_id is missing"})),
     *(("a method returns nothing for 200, or 202", {"destination": Recorder(outcome)}, (outcome or 200, {}))
       for outcome in (None, 200, 202)),
     ("raises Refusal to refuse", {"destination": Recorder(receiver.Refusal(422, "No"))}, (422, {"message": "No"})),
@@ -716,7 +714,7 @@ def store(tmp_path: Path) -> Iterator[FileStore]:
     made.close()
 
 
-# ---- The table of calls, and the views -------------------------------------------------------------------------------
+# ---- The table of calls, the views, and the file ---------------------------------------------------------------------
 
 TRACKED, ACME = {"kind": "track", "event": "e"}, {"customer": "acme"}
 GROUPED = {"kind": "group", "group_id": "g1"}
@@ -821,13 +819,10 @@ def test_private_beta_is_fulfilled_by_10_customers_or_more_than_20_million_event
     assert store.rows("* from private_beta") == [(customers, events, fulfilled)]
 
 
-# ---- The file --------------------------------------------------------------------------------------------------------
-
-
 @sentences("make", [
-    ("no database of ours, even one with a table of that name", lambda path: sqlite3.connect(path).executescript(
+    ("even one with a table of that name", lambda path: sqlite3.connect(path).executescript(
         "create table calls (a, b); insert into calls values (1, 2); pragma user_version = 1").connection.close()),
-    ("of another schema version", lambda path: receiver.open_database(path).execute(
+    ("or of another schema version", lambda path: receiver.open_database(path).execute(
         "pragma user_version = 2").connection.close()),
     ("a text", lambda path: path.write_text("Dear diary")),
     ("a folder", Path.mkdir),
