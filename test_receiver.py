@@ -993,7 +993,8 @@ def test_a_head_that_is_not_clean_is_refused_and_closes(running: Process, status
 TABLE = ("User-Agent: Segment.io/1.0", "Accept: */*", "Cache-Control: no-cache", "X-Segment-Settings: e30=")
 
 
-@sentences("closes, requests_", [
+# Whether the connection closes, and what is sent on one each: a request that is answered 200, or steps and statuses.
+@sentences("closes, talks", [
     ("the headers of the table", False, [request(TRACK, *TABLE, "Content-Type: application/json")]),
     ("keep-alive", False, [request(TRACK, "Connection: Keep-Alive"), request(version="HTTP/1.2")]),
     ("close anywhere in Connection", True, [
@@ -1010,15 +1011,27 @@ TABLE = ("User-Agent: Segment.io/1.0", "Accept: */*", "Cache-Control: no-cache",
     ("100 fields", False, [request(TRACK, *["X: y"] * 97)]),
     ("64 KiB in all", False, [head_of(65_536)]),
     ("a length with zeros before it", False, [request(length=f"00{len(TRACK_JSON)}")]),
+    ("Expect: 100-continue is answered only once the rungs so far are passed", False, [
+        [(head("Expect: 100-Continue", length=len(TRACK_JSON)), 100), (TRACK_JSON, 200)],
+    ]),
+    ("after a refused Expect nobody knows whether a body follows", True, [
+        [(head("Expect: 100-continue", length=5, key="unknown"), 401)],
+        [(head("Expect: 100-continue", length=600_000), 413)],
+        [(head("Expect: 100-continue", length=5, target="/x"), 404)],
+    ]),
+    ("HTTP/1.0 cannot expect", True, [request(TRACK, "Expect: 100-continue", version="HTTP/1.0")]),
+    ("a body over max-body closes in a way that still lets the client read the reply", True, [
+        [(head(length=10_000_000) + b"x" * 2_000_000, 413)],
+    ]),
 ])  # fmt: skip
-def test_success_has_a_date_and_an_empty_body_and_closes_if_the_head_says_so(
-    running: Process, closes: bool, requests_: list[bytes]
-) -> None:
-    for data in requests_:
+def test_a_clean_head_is_taken_and_closes_if_it_says_so(running: Process, closes: bool, talks: list[Any]) -> None:
+    for talk in talks:
         with Wire(running) as wire:
-            reply = wire.send(data).reply()
-            assert (reply.status, reply.headers["connection"]) == (200, "close" if closes else "keep-alive"), data[:80]
-            assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", reply.headers["date"]) and not reply.body
+            for sent, status in talk if isinstance(talk, list) else [(talk, 200)]:
+                reply = wire.send(sent).reply()
+                assert reply.status == status and (status >= 400) == bool(reply.body), sent[:80]
+            assert reply.headers["connection"] == ("close" if closes else "keep-alive")
+            assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", reply.headers["date"])
             assert wire.closed() if closes else wire.status(request()) == 200
 
 
@@ -1056,24 +1069,6 @@ def test_bytes_split_anywhere_change_nothing_and_pipelined_requests_are_answered
             for start in range(0, len(stream), size):
                 wire.send(stream[start : start + size])
             assert [wire.reply().status for _ in range(5)] == [200, 501, 400, 200, 200]
-
-
-def test_expect_100_continue_is_answered_only_once_the_rungs_so_far_are_passed(running: Process) -> None:
-    with Wire(running) as wire:
-        assert wire.status(head("Expect: 100-Continue", length=len(TRACK_JSON))) == 100
-        assert wire.status(TRACK_JSON) == 200
-    for refused, status in (({"key": "unknown"}, 401), ({"length": 600_000}, 413), ({"target": "/x"}, 404)):
-        with Wire(running) as wire:  # then nobody knows whether a body follows
-            asked: dict[str, Any] = {"length": 5, **refused}
-            assert wire.status(head("Expect: 100-continue", **asked)) == status and wire.closed()
-    with Wire(running) as wire:  # an HTTP/1.0 client cannot expect
-        assert wire.status(request(TRACK, "Expect: 100-continue", version="HTTP/1.0")) == 200
-
-
-def test_a_body_over_max_body_closes_in_a_way_that_still_lets_the_client_read_the_reply(running: Process) -> None:
-    with Wire(running) as wire:
-        wire.send(head(length=10_000_000))
-        assert wire.send(b"x" * 2_000_000).reply().status == 413 and wire.closed()
 
 
 def test_what_does_not_come_whole_in_time_is_408_and_mere_silence_is_closed_without_a_word(running: Process) -> None:
