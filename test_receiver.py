@@ -230,7 +230,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 
 
 def post(server: receiver.Server | Process, call: Any = TRACK, key: str = "segment", url: str = "") -> Any:
-    """Post a call as a client does; the response."""
     return requests.post(url or server.url, json=call, auth=(key, ""), verify=server.tls_cert, timeout=20)
 
 
@@ -410,7 +409,6 @@ def test_every_refusal_names_the_culprit_reaches_no_destination_and_is_not_sent_
 
 
 def key_of(customer: str, key: str = "segment", expires: str | None = None) -> dict[str, receiver.Key]:
-    """The keyring with this key alone."""
     return {digest(key): receiver.Key(customer, None, expires)}
 
 
@@ -674,7 +672,7 @@ def test_a_destination_supports_the_calls_whose_methods_it_defines_and_every_oth
     assert {kind for kind in receiver.CALLS if hasattr(receiver.Store, kind)} == {*SAMPLES, "delete"}
 
 
-def test_a_refusals_status_is_from_400_to_599_and_a_result_is_none_200_or_202_or_an_error_says_so() -> None:
+def test_a_refusals_status_is_from_400_to_599_and_a_method_returns_nothing_or_200_or_202() -> None:
     assert str(ask(destination=Recorder(201)).error).endswith(" returned 201, which is not None, 200 or 202")
     assert [receiver.Refusal(status, "No").status for status in (400, 599)] == [400, 599]
     for status in (200, 399, 600):
@@ -699,7 +697,6 @@ class FileStore(receiver.Store):
         self._db.set_trace_callback(self.statements.append)
 
     def save(self, kind: str = "identify", user_id: Any = "u1", customer: str = "demo", **fields: Any) -> Any:
-        """Send it a call; its reply."""
         return ask({"type": kind, "user_id": user_id, **fields}, destination=self, keys=key_of(customer))
 
     def rows(self, query: str) -> list[Any]:
@@ -1881,7 +1878,6 @@ class Check(NamedTuple):
     kept: Callable[[Exchange], object] | None = None
 
     def judge(self, target: Target) -> Outcome:
-        """What comes of it at the target."""
         due = re.findall(r"\b\d\d\d\b", self.sentence) or ["2xx"]
         try:
             cases = self.cases(target) if callable(self.cases) else self.cases
@@ -2010,7 +2006,6 @@ class Report:
     """What pytest does not show by itself."""
 
     def pytest_report_collectionfinish(self) -> str:
-        """Say what will be sent where."""
         return f"Calls go to {target_from(os.environ).url} with user id {RUN}, and message ids that begin so"
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
@@ -2087,7 +2082,6 @@ class Faulty(receiver.Connection):
 
 @contextlib.contextmanager
 def serve_with(faults: Mapping[str, Any]) -> Iterator[receiver.Server]:
-    """The receiver with these faults."""
     with receiver.serve(receiver.Store(":memory:"), port=0) as server:
         server.receiver.endpoint = server.receiver.endpoint._replace(keys=FAULTY_RING)
         server.RequestHandlerClass = type("WithThese", (Faulty,), {"faults": faults})
