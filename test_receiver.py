@@ -115,7 +115,7 @@ class Recorder(receiver.Destination):
         self.calls.append(arguments)
         if isinstance(self.outcome, BaseException):
             raise self.outcome
-        return self.outcome
+        return self.outcome() if callable(self.outcome) else self.outcome
 
     identify = track = page = group = delete = screen = alias = _take
 
@@ -317,13 +317,9 @@ class Load(contextlib.AbstractContextManager["Load"]):
                 if self.enough.is_set() or reply.headers.get("connection") != "keep-alive":
                     break
 
-    def wait(self) -> Load:
-        self.pool.shutdown()
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.enough.set()
-        self.wait()
+        self.pool.shutdown()
 
 
 # ======================================================================================================================
@@ -768,7 +764,8 @@ def test_what_is_kept_of_the_calls(store: FileStore, calls: list[Any], query: st
 
 def test_a_call_is_one_row_of_calls_with_times_in_utc_that_sort_as_text(store: FileStore) -> None:
     fields: dict[str, Any] = {"anonymous_id": "a1", "message_id": "m1", "properties": {"n": 1.10}, "madeUp": [1]}
-    store.save("track", event="Ordered", timestamp="2026-01-15T01:00:00+01:00", **fields)
+    fields |= {"event": "Ordered", "timestamp": "2026-01-15T01:00:00+01:00"}
+    assert [store.save("track", **fields).duplicate for _ in range(2)] == [False, True]
     columns = "customer, message_id, type, user_id, anonymous_id, timestamp, received_at, call"
     [(*row, received_at, call)] = store.rows(f"{columns} from calls")
     assert row == ["demo", "m1", "track", "u1", "a1", "2026-01-15T00:00:00.000Z"]
@@ -912,7 +909,8 @@ def test_two_receivers_on_one_new_database_lose_and_double_nothing(tmp_path: Pat
     with ThreadPoolExecutor(2) as pool, contextlib.ExitStack() as stack:
         first, second = map(stack.enter_context, pool.map(lambda _: Process(tmp_path), range(2)))
         loads = [Load(first, "same", 3, 100), Load(second, "same", 3, 100), Load(second, "own", 2, 100)]
-        stored = set[str]().union(*(load.wait().stored for load in loads))
+        wait([client for load in loads for client in load.clients])
+        stored = set[str]().union(*(load.stored for load in loads))
         assert not sum((load.others for load in loads), [])
         assert sorted(first.ids()) == sorted(stored) and len(stored) == 500
 
@@ -1172,13 +1170,8 @@ def test_whatever_a_destination_raises_is_answered_and_a_line_in_the_log_and_for
 
 def test_a_call_whose_client_did_not_wait_for_the_reply_is_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     begun, go = threading.Event(), threading.Event()
-
-    class Late(receiver.Destination):
-        def track(self, *_: object) -> None:
-            begun.set()
-            go.wait(9)
-
-    with receiver.serve(Late(), port=0) as server, Wire(server) as wire:
+    late = Recorder(lambda: [begun.set(), go.wait(9)][0])
+    with receiver.serve(late, port=0) as server, Wire(server) as wire:
         assert wire.send(request()) and begun.wait(5)
         wire.reset()
         go.set()
