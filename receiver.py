@@ -215,15 +215,18 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
     Of two keys alike the last counts. A number is exact, if whole, or a double. No byte-order mark is skipped.
     """
     try:
-        text = data.decode()
-        value = DECODER.decode(text)
-        if "\\u" in text:  # an escape can name half of a surrogate pair, which no file or database takes: this fails
+        text = data.decode().strip(" \t\r\n")  # RFC 8259 §2
+        value, end = DECODER.raw_decode(text)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+        if "\\" in text:  # an escape can name half of a surrogate pair, which no file or database takes: this fails
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise Refusal(400, f"{what} is not JSON in UTF-8: {error}") from None
     if not isinstance(value, dict):
         raise Refusal(400, f"{what} is not a JSON object")
-    if text.count("{") + text.count("[") > MAX_DEPTH and depth(text) > MAX_DEPTH:
+    # The cheapest first; each level takes two characters at least.
+    if len(text) > 2 * MAX_DEPTH and text.count("{") + text.count("[") > MAX_DEPTH and depth(text) > MAX_DEPTH:
         raise Refusal(400, f"{what} is nested more than {MAX_DEPTH} deep")
     return value
 
@@ -234,15 +237,19 @@ def depth(text: str) -> int:
     return max(accumulate(1 if bracket in "[{" else -1 for bracket in brackets))
 
 
-def parse_number(text: str) -> int | float:
-    """A number as it is. ValueError for what Python knows beyond JSON, as NaN, and for what a double cannot hold.
-
-    A whole number that large would overflow in whoever reads it next.
-    """
+def parse_double(text: str) -> float:
+    """A number as a double. ValueError if none can hold it, and for what Python knows beyond JSON, as NaN."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{quoted(text)} is not a number that fits a double")
-    return int(text) if text.lstrip("-").isdigit() else value
+    return value
+
+
+def parse_whole(text: str) -> int:
+    """A whole number, exact. ValueError if it is so large that it would overflow in whoever reads it as a double."""
+    if len(text) > 308:
+        parse_double(text)
+    return int(text)
 
 
 def snake_case(key: str) -> str:
@@ -282,7 +289,7 @@ def snake_keys(sent: dict[str, Any]) -> dict[str, Any]:
 
 
 DECODER = json.JSONDecoder(
-    object_hook=snake_keys, parse_int=parse_number, parse_float=parse_number, parse_constant=parse_number
+    object_hook=snake_keys, parse_int=parse_whole, parse_float=parse_double, parse_constant=parse_double
 )
 
 
@@ -396,6 +403,7 @@ def make_call(raw: dict[str, Any], customer: str, settings: dict[str, Any], now:
     """
     checks, field = CHECKS[raw["type"]], ""
     fields: dict[str, Any] = {**ABSENT, "traits": {}, "properties": {}, "context": {}}
+    fields |= {"customer": customer, "settings": settings, "raw": raw}
     try:
         for field, value in raw.items():
             if value is not None and field in checks:
@@ -412,7 +420,7 @@ def make_call(raw: dict[str, Any], customer: str, settings: dict[str, Any], now:
             fields["timestamp"] = utc(fields["original_timestamp"])
     fields["timestamp"] = fields["timestamp"] or fields["sent_at"] or now()
     fields["message_id"] = fields["message_id"] or str(uuid.uuid4())
-    return Call(customer=customer, settings=settings, raw=raw, **fields)
+    return Call(**fields)
 
 
 # ---- What to do with it ----------------------------------------------------------------------------------------------
@@ -871,7 +879,9 @@ class Connection(BaseHTTPRequestHandler):
             f"HTTP/1.1 {status}\r\nDate: {dates(int(time.time()))[0]}\r\n{lines}"
             f"Connection: {'close' if self.close_connection else 'keep-alive'}\r\nContent-Length: {len(body)}\r\n\r\n"
         )
-        self.tls.sendall(head.encode() + (body if self.command != "HEAD" else b""))
+        data = head.encode() + (body if self.command != "HEAD" else b"")
+        while data:
+            data = data[self.tls.send(data) :]
 
     def hang_up(self) -> None:
         """End the reading, from the thread of the server; a reply can still go out. Called again, end all of it.
