@@ -1578,7 +1578,7 @@ def test_who_is_stuck_or_trickles_is_gone_after_the_timeout_and_a_normal_one_nev
 
 @slow
 def test_a_client_that_pipelines_thousands_and_reads_no_reply_is_gone_after_the_timeout(running: Process) -> None:
-    context, plain = ssl.create_default_context(cafile=running.tls_cert), connect(running, 8)
+    context, plain = ssl.create_default_context(cafile=running.tls_cert), connect(running, 30)
     plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     with Wire(running, context, plain) as wire, pytest.raises(OSError) as caught:
         for _ in range(1000):
