@@ -1253,8 +1253,11 @@ def options_parser() -> Parser:
 
 def parse_options(given: Mapping[str, Any]) -> argparse.Namespace:
     """Options given by name, read as the command line reads them. ConfigurationError if one cannot be used."""
-    named = [(f"--{name.replace('_', '-')}", value) for name, value in given.items() if value not in (None, False)]
-    return options_parser().parse_args([name if value is True else f"{name}={value}" for name, value in named])
+    words = []
+    for name, value in given.items():
+        if value is not None and value is not False:  # not `in`, as 0 is equal to False
+            words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}"))
+    return options_parser().parse_args(words)
 
 
 def main() -> None:

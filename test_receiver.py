@@ -1748,6 +1748,11 @@ def test_serve_is_a_real_endpoint_in_a_thread_with_the_options_of_the_command_li
     assert threading.enumerate() == [threading.main_thread()]
 
 
+def test_serve_on_port_0_takes_any_free_port() -> None:
+    with receiver.serve(Recorder(), port=0) as one, receiver.serve(Recorder(), port=0) as other:
+        assert len({8443, urlsplit(one.url).port, urlsplit(other.url).port}) == 3
+
+
 def test_serve_names_an_option_that_cannot_be_used(tmp_path: Path) -> None:
     with receiver.serve(Recorder(), port=0) as server:
         taken = {"port": urlsplit(server.url).port}
