@@ -3,7 +3,7 @@
 """A receiver for Segment's Direct destination protocol, in one file of standard library Python.
 
 Segment collects what its customers' users do, as calls (identify, track, page, group), and forwards each to an endpoint
-of yours in an HTTPS request, all keys in snake_case:
+of yours in an HTTPS request, keys in snake_case, though for some customers in another casing:
 
     POST / HTTP/1.1
     Authorization: Basic c2VnbWVudDo=        the API key you gave the customer ("segment"), a colon, no password
@@ -12,11 +12,11 @@ of yours in an HTTPS request, all keys in snake_case:
 
     {"type": "track", "user_id": "u1", "event": "Signed Up", "message_id": "m1"}
 
-It acts on the status that you answer within about 5 seconds. 200 (done) and 202 (will be done), with an empty body:
-delivered, and forgotten there. 408, 429 and every 5xx but 501 and 505: sent again, for about four hours. 501 (a type
-that is not supported) and every other 4xx, as 400 (malformed), 401 (key) and 403 (permissions): dropped for good, and
-`{"message": "why"}` in the reply's body is shown to the customer. So the same call may come twice, calls come in any
-order, and a call that was answered 200 must never be lost.
+Segment acts on the status that you answer within about 5 seconds. 200 (done) and 202 (will be done), with an empty
+body: delivered, and forgotten there. 408, 429 and every 5xx but 501 and 505: sent again, for about four hours. 501 (a
+type that is not supported) and every other 4xx, as 400 (malformed), 401 (key) and 403 (permissions): dropped for good,
+and `{"message": "why"}` in the reply's body, if typed application/json, is shown to the customer. So the same call may
+come twice, calls come in any order, and a call that was answered 200 must never be lost.
 
 Start it with `make run`, or use it from Python:
 
@@ -29,8 +29,6 @@ Start it with `make run`, or use it from Python:
         requests.post(server.url, json=..., auth=("segment", ""), verify=server.tls_cert)
 
     application = receiver.wsgi(Contacts())               # the same behind any WSGI server
-
-The file reads from top to bottom: the protocol, the default destination, the server, other ways in, the command line.
 """
 
 from __future__ import annotations
@@ -74,8 +72,8 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 #
 # What is answered to which request, and why: pure functions and small immutable values. Nothing here opens a socket, a
 # file or a thread, or looks at a clock that it was not handed. What is remembered (lru_cache, KNOWN) saves time and
-# changes no answer. A port to another language starts here, and its statuses and field names end here; the wording of
-# messages is free.
+# changes no answer. The rungs that docstrings name are those of the ladder at its end, answer(). A port to another
+# language starts here, and its statuses and field names end here; the wording of messages is free.
 # ======================================================================================================================
 
 # ---- What can be refused ---------------------------------------------------------------------------------------------
@@ -215,15 +213,18 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
     Of two keys alike the last counts. A number is exact, if whole, or a double. No byte-order mark is skipped.
     """
     try:
-        text = data.decode()
-        value = DECODER.decode(text)
-        if "\\u" in text:  # an escape can name half of a surrogate pair, which no file or database takes: this fails
+        text = data.decode().strip(" \t\r\n")  # RFC 8259 §2
+        value, end = DECODER.raw_decode(text)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+        if "\\" in text:  # an escape can name half of a surrogate pair, which no database takes: encode() raises
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise Refusal(400, f"{what} is not JSON in UTF-8: {error}") from None
     if not isinstance(value, dict):
         raise Refusal(400, f"{what} is not a JSON object")
-    if text.count("{") + text.count("[") > MAX_DEPTH and depth(text) > MAX_DEPTH:
+    # The cheapest first; each level takes two characters at least.
+    if len(text) > 2 * MAX_DEPTH and text.count("{") + text.count("[") > MAX_DEPTH and depth(text) > MAX_DEPTH:
         raise Refusal(400, f"{what} is nested more than {MAX_DEPTH} deep")
     return value
 
@@ -234,15 +235,19 @@ def depth(text: str) -> int:
     return max(accumulate(1 if bracket in "[{" else -1 for bracket in brackets))
 
 
-def parse_number(text: str) -> int | float:
-    """A number as it is. ValueError for what Python knows beyond JSON, as NaN, and for what a double cannot hold.
-
-    A whole number that large would overflow in whoever reads it next.
-    """
+def parse_double(text: str) -> float:
+    """A number as a double. ValueError if none can hold it, and for what Python knows beyond JSON, as NaN."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{quoted(text)} is not a number that fits a double")
-    return int(text) if text.lstrip("-").isdigit() else value
+    return value
+
+
+def parse_whole(text: str) -> int:
+    """A whole number, exact. ValueError if it is so large that it would overflow in whoever reads it as a double."""
+    if len(text) > 308:
+        parse_double(text)
+    return int(text)
 
 
 def snake_case(key: str) -> str:
@@ -282,7 +287,7 @@ def snake_keys(sent: dict[str, Any]) -> dict[str, Any]:
 
 
 DECODER = json.JSONDecoder(
-    object_hook=snake_keys, parse_int=parse_number, parse_float=parse_number, parse_constant=parse_number
+    object_hook=snake_keys, parse_int=parse_whole, parse_float=parse_double, parse_constant=parse_double
 )
 
 
@@ -394,8 +399,9 @@ def make_call(raw: dict[str, Any], customer: str, settings: dict[str, Any], now:
     It is dated by its timestamp, else by what the client's own clock said, if that is a time at all, else by when it
     was sent, else now.
     """
-    checks, field = CHECKS[raw["type"]], ""
+    checks = CHECKS[raw["type"]]
     fields: dict[str, Any] = {**ABSENT, "traits": {}, "properties": {}, "context": {}}
+    fields |= {"customer": customer, "settings": settings, "raw": raw}
     try:
         for field, value in raw.items():
             if value is not None and field in checks:
@@ -412,7 +418,7 @@ def make_call(raw: dict[str, Any], customer: str, settings: dict[str, Any], now:
             fields["timestamp"] = utc(fields["original_timestamp"])
     fields["timestamp"] = fields["timestamp"] or fields["sent_at"] or now()
     fields["message_id"] = fields["message_id"] or str(uuid.uuid4())
-    return Call(customer=customer, settings=settings, raw=raw, **fields)
+    return Call(**fields)
 
 
 # ---- What to do with it ----------------------------------------------------------------------------------------------
@@ -435,7 +441,7 @@ def dispatch(handler: Callable[..., Any], call: Call) -> Reply:
     outcome = handler(*[getattr(call, field) for field in CALLS[call.type]], call)
     if outcome not in (None, 200, 202):
         raise TypeError(f"{handler} returned {outcome!r}, which is not None, 200 or 202")
-    return Reply(outcome or 200, {}, {}, call.customer, call.raw, call.duplicate)
+    return Reply(outcome or 200, customer=call.customer, raw=call.raw, duplicate=call.duplicate)
 
 
 # ---- The ladder ------------------------------------------------------------------------------------------------------
@@ -472,9 +478,8 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
     try:
         path = request.target.partition("?")[0]  # rung 2
         require(path in (endpoint.path, HEALTH), 404, "There is nothing at %s", path)
-        allowed = ("GET", "HEAD") if path == HEALTH else ("POST",)  # rung 3
-        if method not in allowed:
-            only = ", ".join(allowed)
+        only = "GET, HEAD" if path == HEALTH else "POST"  # rung 3
+        if method not in only.split(", "):
             return Reply(405, {"message": f"The method {quoted(method)} is not allowed, only {only}"}, {"Allow": only})
         require(not endpoint.maintenance, 503, "Down for maintenance")  # rung 4
         if path == HEALTH:
@@ -546,32 +551,22 @@ create view private_beta as select count(distinct customer) as customers, count(
     count(distinct customer) >= 10 or count(*) > 20000000 as fulfilled from calls;
 pragma application_id = {APPLICATION_ID};
 pragma user_version = {SCHEMA_VERSION}"""
-SAVE = """insert into calls values (?, ?, ?, ?, ?, ?, strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), ?)
-    on conflict (customer, message_id) do nothing"""
-FORGET = "delete from calls where customer = ? and user_id = ?"
+SAVE = """insert into calls values (:customer, :message_id, :type, :user_id, :anonymous_id, :timestamp,
+    strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), :call) on conflict (customer, message_id) do nothing"""
+FORGET = "delete from calls where customer = :customer and user_id = :user_id"
 
 # Seconds to wait for a lock that another program has, and for a call to be stored: over twice the first, as the calls
 # before it may wait for the lock too, and less than the 5 that the sender waits.
 LOCK_WAIT, ANSWER_WAIT = 2.0, 4.5
-MOST_AT_ONCE = 1000  # calls in one transaction
 AS_TEXT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
+# A statement that waits to be written, its values, and what to tell how many rows it changed, or why none.
+Change = tuple[str, Mapping[str, Any], Callable[[int | Exception], None]]
 
 log = logging.getLogger("receiver")
 
 
 class ConfigurationError(ValueError):
     """An option, or a file that it names, cannot be used; the message is one line that says which and why."""
-
-
-class Change:
-    """A statement that waits to be written, and then how many rows it changed or why none."""
-
-    def __init__(self, statement: str, values: tuple[Any, ...]) -> None:
-        self.statement, self.values = statement, values
-        self.outcome: int | Exception = 0
-        self.done = threading.Lock()  # held until the outcome is there: nothing is cheaper to wait for
-        self.done.acquire()
 
 
 class Store(Destination):
@@ -593,55 +588,54 @@ class Store(Destination):
 
     def _keep(self, *fields: Any) -> None:
         call: Call = fields[-1]
-        ids = call.customer, call.message_id, call.type, call.user_id, call.anonymous_id
-        row = *ids, call.timestamp, AS_TEXT(call.raw)
-        call.duplicate = not self._change(SAVE, row)
+        call.duplicate = not self._change(SAVE, {**vars(call), "call": AS_TEXT(call.raw)})
 
     identify = track = page = group = _keep
 
     def delete(self, user_id: str, call: Call) -> None:
         """Forget everything of this user of this customer."""
-        self._change(FORGET, (call.customer, user_id))
+        self._change(FORGET, vars(call))
 
-    def _change(self, statement: str, values: tuple[Any, ...]) -> int:
+    def _change(self, statement: str, values: Mapping[str, Any]) -> int:
         """How many rows a statement changed, once that is on disk. Refusal 503 if it cannot be now."""
-        change = Change(statement, values)
-        self._waiting.put(change)
-        if not change.done.acquire(timeout=ANSWER_WAIT):
-            raise Refusal(503, "The call could not be stored in time")  # if it still is, its retry is a duplicate
-        if isinstance(change.outcome, Exception):
-            raise change.outcome
-        return change.outcome
+        answers: queue.SimpleQueue[int | Exception] = queue.SimpleQueue()
+        self._waiting.put((statement, values, answers.put))
+        try:
+            outcome = answers.get(timeout=ANSWER_WAIT)
+        except queue.Empty:  # if it still is stored, its retry is a duplicate
+            raise Refusal(503, "The call could not be stored in time") from None
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     def _write(self) -> None:
         """Write what waits, one transaction after another, until close()."""
-        closing = False
-        while not closing:
+        batch: list[Change | None] = []
+        while None not in batch:
             batch = [self._waiting.get()]
-            while len(batch) < MOST_AT_ONCE and not self._waiting.empty():
+            while not self._waiting.empty():  # this ends: each thread waits for one change at the most
                 batch.append(self._waiting.get())
-            closing = None in batch
             self._commit([change for change in batch if change])
         self._db.close()
 
     def _commit(self, batch: list[Change]) -> None:
         """Write these changes in one transaction and tell each what came of it. An error in one is its own."""
+        outcomes: list[int | Exception] = []
         try:
             self._db.execute("begin immediate")
-            for change in batch:
+            for statement, values, _ in batch:
                 try:
-                    change.outcome = self._db.execute(change.statement, change.values).rowcount
+                    outcomes.append(self._db.execute(statement, values).rowcount)
                 except (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError, ValueError) as error:
-                    change.outcome = error  # as of a text that is too large for SQLite
+                    outcomes.append(error)  # as of a text that is too large for SQLite
             self._db.execute("commit")
         except Exception as error:  # whatever it is, the next transaction may succeed
             log.error("%d calls could not be stored: %s", len(batch), error)
-            for change in batch:
-                change.outcome = Refusal(503, "The call could not be stored for now")
+            outcomes = [Refusal(503, "The call could not be stored for now") for _ in batch]
             with suppress(sqlite3.Error):
                 self._db.execute("rollback")
-        for change in batch:
-            change.done.release()
+        for (_, _, tell), outcome in zip(batch, outcomes, strict=True):
+            tell(outcome)
 
     def close(self) -> None:
         """Write what was taken, and close the file."""
@@ -679,8 +673,8 @@ def open_database(path: str) -> sqlite3.Connection:
 # ======================================================================================================================
 # 3. The server
 #
-# HTTP/1.1 over TLS, on http.server and ssl, with a thread for each connection. Sockets block, which is fastest. No
-# client can take for ever, as each connection has a deadline, and who is past it is hung up on.
+# HTTP/1.1 over TLS, on http.server and ssl, with a thread for each connection, whose socket blocks, which is fastest.
+# No client can take for ever, as each connection has a deadline, and who is past it is hung up on.
 # ======================================================================================================================
 
 # ---- Rung 1: the head of a request -----------------------------------------------------------------------------------
@@ -689,8 +683,7 @@ def open_database(path: str) -> sqlite3.Connection:
 # smuggled. So this is the grammar of RFC 9112 and no more, and whatever it does not know ends the connection.
 
 MAX_TARGET, MAX_HEAD, MAX_FIELDS = 8192, 65_536, 100
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")  # RFC 9112 §3
-request_line = lru_cache(maxsize=64)(REQUEST_LINE.fullmatch)
+request_line = lru_cache(maxsize=64)(re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])").fullmatch)  # §3
 FIELD_LINE = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)")  # §5, without the obsolete folding of §5.2
 BARE_LF = re.compile(rb"(?<!\r)\n")  # §2.2
 ONLY_ONCE = {"host", "content-length", "content-type", "authorization"}  # where two would be two readings
@@ -735,11 +728,8 @@ def parse_fields(lines: list[str]) -> dict[str, str]:
 
 @lru_cache(maxsize=256)
 def parse_field(line: str) -> tuple[str, str] | None:
-    """The name, in lower case, and the value in a line of the head; None if it is not that.
-
-    The blanks are not the expression's business: to try all ways to part them could take minutes.
-    """
-    parts = FIELD_LINE.fullmatch(line)
+    """The name, in lower case, and the value in a line of the head; None if it is not that."""
+    parts = FIELD_LINE.fullmatch(line)  # not of the blanks: to try all ways to part them could take minutes
     return parts and (parts[1].lower(), parts[2].strip(" \t"))
 
 
@@ -806,7 +796,7 @@ class Connection(BaseHTTPRequestHandler):
             return  # the client has gone, or was silent for too long
         if self.served:  # the deadline of the first request began before the handshake
             self.deadline = time.monotonic() + options.timeout
-        self.command = ""
+        self.command = ""  # a head that is refused has none
         reply = self.server.receiver.reply(self.read_request)
         # The connection ends where nobody knows whether a refused body comes, and where it is too long to read past.
         if self.server.stopping or self.hung_up or (self.unread and (self.expects or self.unread > options.max_body)):
@@ -849,7 +839,7 @@ class Connection(BaseHTTPRequestHandler):
             self.receive("The head")
         head = self.buffer[:end].decode("latin-1")
         del self.buffer[: end + 4]
-        return head.removeprefix("\r\n")  # RFC 9112 §2.2
+        return head.removeprefix("\r\n")  # an empty line before a request (RFC 9112 §2.2)
 
     def read_body(self) -> bytes:
         """The body. The deadline is over then: what follows is our own work."""
@@ -871,7 +861,9 @@ class Connection(BaseHTTPRequestHandler):
             f"HTTP/1.1 {status}\r\nDate: {dates(int(time.time()))[0]}\r\n{lines}"
             f"Connection: {'close' if self.close_connection else 'keep-alive'}\r\nContent-Length: {len(body)}\r\n\r\n"
         )
-        self.tls.sendall(head.encode() + (body if self.command != "HEAD" else b""))
+        data = head.encode() + (body if self.command != "HEAD" else b"")
+        while data:  # once, nearly always; and sendall() costs more than this loop
+            data = data[self.tls.send(data) :]
 
     def hang_up(self) -> None:
         """End the reading, from the thread of the server; a reply can still go out. Called again, end all of it.
@@ -904,21 +896,6 @@ def rendered(reply: Reply) -> tuple[str, Mapping[str, str], bytes]:
     return f"{reply.status} {REASONS.get(reply.status, '')}", fields, body
 
 
-class Lines(logging.StreamHandler[TextIO]):
-    """The log on a stream. Lines about requests that come by the thousand are written together."""
-
-    next_flush = 0.0
-
-    def write(self, text: str) -> None:
-        """Write a line about a request without making it a LogRecord, which costs as much as half of the request."""
-        with suppress(OSError):  # a log that is full stops nothing
-            self.stream.write(f"{utc_now()} {text}\n")
-            now = time.monotonic()
-            if now > self.next_flush:  # else the next line does it, or service_actions()
-                self.next_flush = now + 0.005
-                self.flush()
-
-
 def plain(word: object) -> str:
     """A word of a log line: as it is if it is one printable word, else escaped."""
     clean = isinstance(word, str) and len(word) <= 80 and word.isprintable() and " " not in word
@@ -937,7 +914,10 @@ class Receiver:
         """ConfigurationError if what the options name cannot be used."""
         log.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
         self.options, self.seen = options, self.look(options.api_keys)
-        self.lines: Lines | None = None  # where lines about requests go; else they are log records like the others
+        # Where lines about requests go, flushed together if they come by the thousand; without it they are log records,
+        # each of which costs half of a request.
+        self.lines: TextIO | None = None
+        self.next_flush = 0.0
         keys = self.read_keys()
         if destination is None:
             destination = load_destination(options.destination) if options.destination else Store(options.database)
@@ -959,10 +939,8 @@ class Receiver:
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigurationError(f"{path}: {error}") from None
         if DEMO_KEYS & keys.keys() and not bind.is_loopback:
-            raise ConfigurationError(
-                f"{path} holds a demo key, which everybody knows: to listen on {bind}, make keys of your own with "
-                "--add-key CUSTOMER --api-keys FILE"
-            )
+            how = "make keys of your own with --add-key CUSTOMER --api-keys FILE"
+            raise ConfigurationError(f"{path} holds a demo key, which everybody knows: to listen on {bind}, {how}")
         return keys
 
     def reload_keys(self, always: bool = False) -> None:
@@ -999,7 +977,11 @@ class Receiver:
         if why:
             text += f" {why if why.isprintable() else quoted(why)}"
         if self.lines and not reply.error:
-            self.lines.write(text)
+            with suppress(OSError):  # a log that is full stops nothing
+                self.lines.write(f"{utc_now()} {text}\n")
+                if time.monotonic() > self.next_flush:  # else the next line does it, or service_actions()
+                    self.next_flush = time.monotonic() + 0.005
+                    self.lines.flush()
         else:
             log.log(logging.INFO if reply.status < 400 else logging.WARNING, "%s", text, exc_info=reply.error)
         if raw and self.options.verbose:
@@ -1017,21 +999,22 @@ class Server(ThreadingTCPServer):
     allow_reuse_address = daemon_threads = True
     request_queue_size = 1024
 
-    def __init__(self, receiver: Receiver) -> None:
-        """ConfigurationError if the certificate or the address cannot be used."""
-        self.receiver, self.options = receiver, receiver.options
-        self.tls_cert, self.context = self.options.tls_cert, tls_context(self.options)
+    def __init__(self, destination: Destination | None, options: argparse.Namespace) -> None:
+        """ConfigurationError if what the options name cannot be used."""
+        self.options, self.tls_cert, self.context = options, options.tls_cert, tls_context(options)
+        self.receiver = Receiver(destination, options)
         self.connections: set[Connection] = set()
-        self.places = threading.Semaphore(self.options.max_connections)
-        self.stopping, self.next_look, bind = False, 0.0, self.options.bind
+        self.places = threading.Semaphore(options.max_connections)
+        self.stopping, self.next_look, bind = False, 0.0, options.bind
         self.address_family = socket.AF_INET6 if bind.version == 6 else socket.AF_INET
         try:
-            super().__init__((str(bind), self.options.port), Connection)
+            super().__init__((str(bind), options.port), Connection)
         except OSError as error:
-            raise ConfigurationError(f"cannot listen on {bind}, port {self.options.port}: {error}") from None
+            self.receiver.endpoint.destination.close()
+            raise ConfigurationError(f"cannot listen on {bind}, port {options.port}: {error}") from None
         self.socket.setblocking(False)  # so that a client who goes before it is accepted does not hold up the others
         host = f"[{bind}]" if bind.version == 6 else bind
-        self.url = f"https://{host}:{self.server_address[1]}{self.options.path}"
+        self.url = f"https://{host}:{self.server_address[1]}{options.path}"
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -1125,12 +1108,7 @@ def serve(destination: Destination | None = None, **options: Any) -> Server:
 
     The options are those of the command line, with underscores for hyphens. ConfigurationError if one cannot be used.
     """
-    receiver = Receiver(destination, parse_options(options))
-    try:
-        return Server(receiver)
-    except ConfigurationError:
-        receiver.endpoint.destination.close()
-        raise
+    return Server(destination, parse_options(options))
 
 
 def wsgi(destination: Destination | None = None, **options: Any) -> Callable[..., Iterable[bytes]]:
@@ -1186,8 +1164,6 @@ def load_destination(name: str) -> Destination:
 # Options, signals, the greeting, and the making of keys. Every mistake is one line and exit status 2.
 # ======================================================================================================================
 
-SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
-
 
 class Parser(argparse.ArgumentParser):
     """argparse, where a mistake is an exception, and so one line."""
@@ -1227,7 +1203,7 @@ def options_parser() -> Parser:
     add("--api-keys", metavar="FILE", default="fixtures/keys.json", help="read again on change (%(default)s)")
     add("--database", metavar="FILE", default="calls.db", help="where calls are stored, SQLite (%(default)s)")
     add("--destination", metavar="MODULE:CLASS", help="where calls go instead")
-    add("--max-body", metavar="BYTES", type=from_to(int, 1, 2**30), default=524_288, help="longest body (%(default)s)")
+    add("--max-body", metavar="BYTES", type=from_to(int, 1, 2**29), default=524_288, help="longest body (%(default)s)")
     add("--timeout", metavar="SECONDS", type=seconds, default=10, help="for a request to arrive whole (%(default)s)")
     add("--keep-alive", metavar="SECONDS", type=seconds, default=75, help="of silence between requests (%(default)s)")
     add("--max-connections", metavar="N", type=from_to(int, 1, 100_000), default=1000, help="at a time (%(default)s)")
@@ -1236,15 +1212,19 @@ def options_parser() -> Parser:
     volume.add_argument("--quiet", action="store_true", help="log no line for what was answered 2xx")
     volume.add_argument("--verbose", action="store_true", help="log each call too")
     add("--add-key", metavar="CUSTOMER", help="make an API key, print it, add its digest to the keys file, and end")
-    add("--calls", metavar="TYPES", help="with --add-key: the only types of call it may send, as identify,track")
+    calls = "with --add-key: the only types of call it may send, as identify,track"
+    add("--calls", metavar="TYPES", type=lambda text: text.split(","), help=calls)
     add("--expires", metavar="DATE", help="with --add-key: when it ends, in ISO 8601, as 2027-01-01")
     return parser
 
 
 def parse_options(given: Mapping[str, Any]) -> argparse.Namespace:
     """Options given by name, read as the command line reads them. ConfigurationError if one cannot be used."""
-    named = [(f"--{name.replace('_', '-')}", value) for name, value in given.items() if value not in (None, False)]
-    return options_parser().parse_args([name if value is True else f"{name}={value}" for name, value in named])
+    words = []
+    for name, value in given.items():
+        if value is not None and value is not False:  # not `in`, as 0 is equal to False
+            words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}"))
+    return options_parser().parse_args(words)
 
 
 def main() -> None:
@@ -1255,26 +1235,25 @@ def main() -> None:
             raise ConfigurationError("--calls and --expires go with --add-key")
         run(options) if options.add_key is None else add_key(options)
     except ConfigurationError as error:
-        sys.exit(print(f"receiver.py: {error}", file=sys.stderr) or 2)
+        print(f"receiver.py: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def run(options: argparse.Namespace) -> None:
     """Serve until SIGTERM or SIGINT. SIGHUP reads keys and certificate again, SIGUSR1 toggles maintenance."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # they wait for sigwait; all threads inherit this
+    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # they wait for sigwait; all threads inherit this
     logging.Formatter.converter = time.gmtime
     sys.stderr.reconfigure(line_buffering=sys.stderr.isatty())  # type: ignore[union-attr]
-    lines = Lines(sys.stderr)
-    form = "%(asctime)s.%(msecs)03dZ %(message)s"
-    logging.basicConfig(format=form, datefmt="%Y-%m-%dT%H:%M:%S", handlers=[lines])
+    logging.basicConfig(format="%(asctime)s.%(msecs)03dZ %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
     if hasattr(os, "SCHED_BATCH"):  # a thread that wakes then interrupts none that has Python's lock, to wait for it
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    receiver = Receiver(None, options)
-    receiver.lines = lines
-    with Server(receiver) as server:
+    with Server(None, options) as server:
+        server.receiver.lines = sys.stderr
         print(f"Listening on {server.url}", flush=True)
         with suppress(OSError):
             print(greeting(server), file=sys.stderr, flush=True)
-        while (number := signal.sigwait(SIGNALS)) in (signal.SIGHUP, signal.SIGUSR1):
+        while (number := signal.sigwait(signals)) in (signal.SIGHUP, signal.SIGUSR1):
             server.reload() if number == signal.SIGHUP else server.receiver.toggle_maintenance()
 
 
@@ -1283,27 +1262,23 @@ def greeting(server: Server) -> str:
     options, demo = server.options, DEMO_KEYS & server.receiver.endpoint.keys.keys()
     url = server.url.replace(str(options.bind), "localhost") if options.bind.is_unspecified else server.url
     curl = f"curl -i --cacert {options.tls_cert} -u {'segment' if demo else 'YOUR_API_KEY'}: {url}"
+    curl += " -H 'Content-Type: application/json' -d @fixtures/track.json"
     query = "select received_at, type, user_id from calls order by rowid desc limit 9"
-    lines = ["", "Send a call from another terminal:"]
-    lines += [f"    {curl} -H 'Content-Type: application/json' -d @fixtures/track.json"]
+    text = f"\nSend a call from another terminal:\n    {curl}\n"
     if options.destination:
-        lines += [f"Calls go to {options.destination}."]
+        text += f"Calls go to {options.destination}.\n"
     else:
-        lines += [f"Calls are stored in {options.database}. See the latest:"]
-        lines += [f"    sqlite3 {options.database} '{query}'"]
+        text += f"Calls are stored in {options.database}. See the latest:\n    sqlite3 {options.database} '{query}'\n"
     if demo:
-        lines += [f"Warning: {options.api_keys} holds demo keys, which everybody knows. Make your own with --add-key."]
-    return "\n".join([*lines, ""])
+        text += f"Warning: {options.api_keys} holds demo keys, which everybody knows. Make your own with --add-key.\n"
+    return text
 
 
 def add_key(options: argparse.Namespace) -> None:
     """Make an API key and print it, this once only; put its digest into the keys file, replaced in one step."""
     api_key, path = secrets.token_urlsafe(32), os.path.realpath(options.api_keys)
-    entry: dict[str, Any] = {"customer": options.add_key, "sha256": hashlib.sha256(api_key.encode()).hexdigest()}
-    if options.calls is not None:
-        entry["calls"] = options.calls.split(",")
-    if options.expires is not None:
-        entry["expires"] = options.expires
+    entry = {"customer": options.add_key, "sha256": hashlib.sha256(api_key.encode()).hexdigest()}
+    entry |= {name: value for name in ("calls", "expires") if (value := getattr(options, name)) is not None}
     try:
         entries = [*(json.loads(Path(path).read_text("utf-8")) if os.path.exists(path) else []), entry]
         parse_keys(json.dumps(entries))
