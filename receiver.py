@@ -726,7 +726,7 @@ def parse_fields(lines: list[str]) -> dict[str, str]:
     return headers
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)  # few, as each may be as long as a head
 def parse_field(line: str) -> tuple[str, str] | None:
     """The name, in lower case, and the value in a line of the head; None if it is not that."""
     parts = FIELD_LINE.fullmatch(line)  # not of the blanks: to try all ways to part them could take minutes
