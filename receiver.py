@@ -961,26 +961,26 @@ class Receiver:
             reply = answer(read_request(), self.endpoint, utc_now)
         except Refusal as refusal:
             reply = refusal.reply()
-        self.log(reply, time.monotonic() - started)
+        self.log(reply, started)
         return reply
 
-    def log(self, reply: Reply, seconds: float) -> None:
+    def log(self, reply: Reply, started: float) -> None:
         """One line about a request: what was answered, to which call of whom, how long it took, and why not 2xx."""
         if reply.status < 400 and self.options.quiet:
             return
-        raw, why = reply.raw, reply.body.get("message", "")
+        now, raw, why = time.monotonic(), reply.raw, reply.body.get("message", "")
         about = raw.get("type"), reply.customer, raw.get("user_id") or raw.get("anonymous_id")
         words = [plain(word) if word else "-" for word in (*about, raw.get("event") or raw.get("name"))]
         if reply.duplicate:
             words.append("duplicate")
-        text = f"{reply.status} {' '.join(words)} {seconds * 1000:.1f} ms"
+        text = f"{reply.status} {' '.join(words)} {(now - started) * 1000:.1f} ms"
         if why:
             text += f" {why if why.isprintable() else quoted(why)}"
         if self.lines and not reply.error:
             with suppress(OSError):  # a log that is full stops nothing
                 self.lines.write(f"{utc_now()} {text}\n")
-                if time.monotonic() > self.next_flush:  # else the next line does it, or service_actions()
-                    self.next_flush = time.monotonic() + 0.005
+                if now > self.next_flush:  # else the next line does it, or service_actions()
+                    self.next_flush = now + 0.005
                     self.lines.flush()
         else:
             log.log(logging.INFO if reply.status < 400 else logging.WARNING, "%s", text, exc_info=reply.error)
