@@ -375,7 +375,8 @@ FIELDS: dict[str, Callable[[Any], Any] | None] = {
     "integrations": None,  # which other destinations got it
     "version": None,  # of the Spec
 }
-OF_SOME = {"event", "name", "group_id", "previous_id"}  # they belong to the types of call that have them in their row
+# Looked at only in the types of call that have them in their row: a stray name refuses no track call.
+OF_SOME = {"event", "name", "group_id", "previous_id"}
 CHECKS = {
     kind: {field: check for field, check in FIELDS.items() if field in row or field not in OF_SOME}
     for kind, row in CALLS.items()
@@ -384,10 +385,10 @@ ABSENT = dict.fromkeys(FIELDS)
 
 
 class Call(SimpleNamespace):
-    """One call, checked: every one of FIELDS is an attribute; absent, null, or of other types of call it is None.
+    """One call, checked: every one of FIELDS is an attribute; absent, null, or OF_SOME other type of call it is None.
 
-    But `traits`, `properties` and `context` are {} then. `customer` is whose key it came with, `settings` is what
-    X-Segment-Settings says, and `raw` the whole object in snake_case.
+    But `traits`, `properties` and `context` are {} if absent or null. `customer` is whose key it came with, `settings`
+    is what X-Segment-Settings says, and `raw` the whole object in snake_case.
     """
 
     duplicate = False  # a destination sets this where the call came before, and the log will say so
@@ -829,7 +830,8 @@ class Connection(BaseHTTPRequestHandler):
 
     def read_head(self) -> str:
         """The head, up to the empty line that ends it. Refusal if it does not come whole."""
-        looked = 0  # so that bytes that come one by one are not looked at over and over
+        # What is wrong is refused at once, not when the rest is late; and no byte is looked at twice, however few come.
+        looked = 0
         while (end := self.buffer.find(b"\r\n\r\n", looked)) < 0 or end > MAX_HEAD:
             require(not BARE_LF.search(self.buffer, looked), 400, "A line of the head does not end in CR LF")
             require(len(self.buffer) <= MAX_HEAD, 431, "The head is longer than %s bytes", MAX_HEAD)
