@@ -899,9 +899,10 @@ def rendered(reply: Reply) -> tuple[str, Mapping[str, str], bytes]:
 
 
 def plain(word: object) -> str:
-    """A word of a log line: as it is if it is one printable word, else escaped."""
-    clean = isinstance(word, str) and len(word) <= 80 and word.isprintable() and " " not in word
-    return str(word) if clean else quoted(word)
+    """A word of a log line: as it is if it is one printable word, else escaped; a hyphen if there is none."""
+    if isinstance(word, str) and len(word) <= 80 and word.isprintable() and " " not in word:
+        return word or "-"
+    return quoted(word) if word else "-"
 
 
 # ---- All connections -------------------------------------------------------------------------------------------------
@@ -971,11 +972,9 @@ class Receiver:
         if reply.status < 400 and self.options.quiet:
             return
         now, raw, why = time.monotonic(), reply.raw, reply.body.get("message", "")
-        about = raw.get("type"), reply.customer, raw.get("user_id") or raw.get("anonymous_id")
-        words = [plain(word) if word else "-" for word in (*about, raw.get("event") or raw.get("name"))]
-        if reply.duplicate:
-            words.append("duplicate")
-        text = f"{reply.status} {' '.join(words)} {(now - started) * 1000:.1f} ms"
+        user, what = raw.get("user_id") or raw.get("anonymous_id"), raw.get("event") or raw.get("name")
+        about = f"{plain(raw.get('type'))} {plain(reply.customer)} {plain(user)} {plain(what)}"
+        text = f"{reply.status} {about}{' duplicate' if reply.duplicate else ''} {(now - started) * 1000:.1f} ms"
         if why:
             text += f" {why if why.isprintable() else quoted(why)}"
         if self.lines and not reply.error:
