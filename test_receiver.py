@@ -1164,7 +1164,7 @@ def test_whatever_a_destination_raises_is_answered_and_a_line_in_the_log_and_for
     with receiver.serve(Recorder(outcome), port=0) as server, Wire(server) as wire:
         reply = wire.send(request({**TRACK, "user_id": FORGED})).reply()
         assert reply.status == status and "forged" not in reply.headers and (status == 400 or b"x" not in reply.body)
-    assert re.search(rf" {status} track demo .* 'Signed Up' ", caplog.text)
+    assert re.search(rf"^WARNING .* {status} track demo .* 'Signed Up' ", caplog.text, re.M)
     assert not re.search("^Forged|\x1b", caplog.text, re.M)
 
 
@@ -1175,7 +1175,7 @@ def test_a_call_whose_client_did_not_wait_for_the_reply_is_a_line_in_the_log(cap
         assert wire.send(request()) and until(lambda: late.calls)
         wire.reset()
         go.set()
-    assert "200 track demo u1 'Signed Up'" in caplog.text and "Traceback" not in caplog.text
+    assert re.search("^INFO .* 200 track demo u1 'Signed Up'", caplog.text) and "Traceback" not in caplog.text
 
 
 # ---- Keys, maintenance, and all connections --------------------------------------------------------------------------
@@ -1622,6 +1622,7 @@ def test_add_key_prints_a_random_key_once_and_writes_its_entry_with_mode_0600(tm
     keys.parent.mkdir()
     first = add_key("Acme", "--api-keys", keys)
     assert first.returncode == 0 and re.fullmatch(r"[\w-]{43}\n", first.stdout) and first.stdout not in first.stderr
+    assert first.stderr == f"A key for Acme was added to {keys}; it is shown this once only.\n"
     inode, key = keys.stat().st_ino, first.stdout.strip()
     with Process(tmp_path, "--api-keys", keys) as process:
         assert post(process, key=key).status_code == 200
