@@ -103,15 +103,17 @@ class Refusal(Exception):  # noqa: N818 - the protocol's own word
     never a 4xx, which would lose the call, and a call that can never succeed is never a 5xx but 501.
     """
 
+    status, message = 500, "Internal error"  # of a subclass that says nothing else
+
     def __init__(self, status: int, message: str) -> None:
         if not 400 <= status <= 599:
             raise ValueError(f"a refusal's status is from 400 to 599, not {status}")
         super().__init__(status, message)
-        self.status, self.message = int(status), str(message)
+        self.status, self.message = int(status), message
 
     def reply(self) -> Reply:
         """The reply that says so."""
-        return Reply(self.status, {"message": self.message}, ALSO.get(self.status, {}))
+        return Reply(self.status, {"message": str(self.message)}, ALSO.get(self.status, {}))
 
 
 def require(condition: object, status: int, message: str, culprit: object = None) -> None:
@@ -174,7 +176,7 @@ def parse_keys(text: str) -> dict[str, Key]:
         try:
             digest, key = parse_key(**entry)  # Python itself refuses a member that is missing or that nobody knows
         except (TypeError, ValueError) as error:
-            raise ValueError(f"entry {number}: {error}") from None
+            raise ValueError(" ".join(f"entry {number}: {error}".split())) from None  # in one line
         if digest in keys:
             raise ValueError(f"entry {number}: this sha256 was there before")
         keys[digest] = key
@@ -276,10 +278,9 @@ def snake_keys(sent: dict[str, Any]) -> dict[str, Any]:
     if KNOWN.issuperset(sent):
         return sent
     names = {key: remembered(key) if len(key) <= 64 else snake_case(key) for key in sent}
-    taken = {key for key, name in names.items() if key == name}
-    if len(KNOWN) < 4096:
-        KNOWN.update(key for key in taken if len(key) <= 64)
-    renamed = {}
+    if len(KNOWN) + len(names) <= 4096:
+        KNOWN.update(key for key, name in names.items() if key == name and len(key) <= 64)
+    renamed, taken = {}, set(sent)
     for key, name in names.items():
         renamed[key if name in taken else name] = sent[key]
         taken.add(name)
@@ -442,7 +443,7 @@ def dispatch(handler: Callable[..., Any], call: Call) -> Reply:
     outcome = handler(*[getattr(call, field) for field in CALLS[call.type]], call)
     if outcome not in (None, 200, 202):
         raise TypeError(f"{handler} returned {outcome!r}, which is not None, 200 or 202")
-    return Reply(outcome or 200, customer=call.customer, raw=call.raw, duplicate=call.duplicate)
+    return Reply(int(outcome or 200), customer=call.customer, raw=call.raw, duplicate=call.duplicate)
 
 
 # ---- The ladder ------------------------------------------------------------------------------------------------------
@@ -583,6 +584,8 @@ class Store(Destination):
             self._db = open_database(path)
         except (OSError, sqlite3.Error) as error:
             raise ConfigurationError(f"{path}: {error}") from None
+        self._path = os.path.abspath(path)
+        self._inode = inode(self._path)
         self._waiting: queue.SimpleQueue[Change | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, daemon=True)
         self._writer.start()
@@ -624,6 +627,8 @@ class Store(Destination):
         outcomes: list[int | Exception] = []
         try:
             self._db.execute("begin immediate")
+            if inode(self._path) != self._inode:  # deleted or replaced: what is written now would be lost
+                raise FileNotFoundError(f"{self._path} is not the file that was opened at the start")
             for statement, values, _ in batch:
                 try:
                     outcomes.append(self._db.execute(statement, values).rowcount)
@@ -642,6 +647,13 @@ class Store(Destination):
         """Write what was taken, and close the file."""
         self._waiting.put(None)
         self._writer.join(ANSWER_WAIT)
+
+
+def inode(path: str) -> int | None:
+    """Which file it is that a path leads to; None if there is none, as for a database in memory."""
+    with suppress(OSError):
+        return os.stat(path).st_ino
+    return None
 
 
 def open_database(path: str) -> sqlite3.Connection:
@@ -856,7 +868,7 @@ class Connection(BaseHTTPRequestHandler):
         return body
 
     def send(self, reply: Reply) -> None:
-        """Send a reply, in one write."""
+        """Send a reply, in one write if the connection takes it."""
         status, fields, body = rendered(reply)
         lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()]) if fields else ""
         head = (
@@ -864,7 +876,7 @@ class Connection(BaseHTTPRequestHandler):
             f"Connection: {'close' if self.close_connection else 'keep-alive'}\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         data = head.encode() + (body if self.command != "HEAD" else b"")
-        while data:  # once, nearly always; and sendall() costs more than this loop
+        while data:  # sendall() costs more than this loop
             data = data[self.tls.send(data) :]
 
     def hang_up(self) -> None:
@@ -940,7 +952,7 @@ class Receiver:
         try:
             keys = parse_keys(Path(path).read_text("utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise ConfigurationError(f"{path}: {error}") from None
+            raise ConfigurationError(f"{path}: {error}") from error
         if DEMO_KEYS & keys.keys() and not bind.is_loopback:
             how = "make keys of your own with --add-key CUSTOMER --api-keys FILE"
             raise ConfigurationError(f"{path} holds a demo key, which everybody knows: to listen on {bind}, {how}")
@@ -955,7 +967,11 @@ class Receiver:
             self.endpoint = self.endpoint._replace(keys=self.read_keys())
             log.warning("%d keys read from %s", len(self.endpoint.keys), self.options.api_keys)
         except ConfigurationError as error:
-            log.error("The keys stay as they were: %s", error)
+            unread = isinstance(error.__cause__, OSError)  # as when file descriptors have run out
+            if seen or always or not unread:  # once
+                log.error("The keys stay as they were: %s", error)
+            if unread:
+                self.seen = ()  # to try again soon: a key that was taken out must not stay valid
 
     def reply(self, read_request: Callable[[], Request]) -> Reply:
         """The reply to a request that is still to be read; it is then a line in the log."""
@@ -971,7 +987,7 @@ class Receiver:
         """One line about a request: what was answered, to which call of whom, how long it took, and why not 2xx."""
         if reply.status < 400 and self.options.quiet:
             return
-        now, raw, why = time.monotonic(), reply.raw, reply.body.get("message", "")
+        now, raw, why = time.monotonic(), reply.raw, reply.body.get("message", "")[:1000]
         user, what = raw.get("user_id") or raw.get("anonymous_id"), raw.get("event") or raw.get("name")
         about = f"{plain(raw.get('type'))} {plain(reply.customer)} {plain(user)} {plain(what)}"
         text = f"{reply.status} {about}{' duplicate' if reply.duplicate else ''} {(now - started) * 1000:.1f} ms"
@@ -1138,7 +1154,9 @@ def parse_environ(environ: dict[str, Any]) -> Request:
     length = parse_length(environ.get("CONTENT_LENGTH") or None)
 
     def read() -> bytes:
-        body: bytes = environ["wsgi.input"].read(length)
+        body = b""
+        with suppress(OSError):  # the client is gone
+            body = environ["wsgi.input"].read(length)
         require(len(body) == length, 400, "The body ended early")
         return body
 
