@@ -167,37 +167,6 @@ def digest_of(authorization: str) -> str:
     return hashlib.sha256(api_key.encode()).hexdigest()
 
 
-def parse_keys(text: str) -> dict[str, Key]:
-    """The text of a keys file as keys by digest. ValueError names the entry that is wrong."""
-    entries, keys = json.loads(text), dict[str, Key]()
-    if not isinstance(entries, list):
-        raise ValueError("it is not a JSON array")
-    for number, entry in enumerate(entries, 1):
-        try:
-            digest, key = parse_key(**entry)  # Python itself refuses a member that is missing or that nobody knows
-        except (TypeError, ValueError) as error:
-            raise ValueError(" ".join(f"entry {number}: {error}".split())) from None  # in one line
-        if digest in keys:
-            raise ValueError(f"entry {number}: this sha256 was there before")
-        keys[digest] = key
-    return keys
-
-
-def parse_key(customer: str, sha256: str, calls: list[str] | None = None, expires: Any = None) -> tuple[str, Key]:
-    """One entry of a keys file. TypeError or ValueError says what is wrong with it."""
-    if not isinstance(customer, str) or not customer:
-        raise ValueError("customer is not a name")
-    if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
-        raise ValueError("sha256 is not 64 hexadecimal digits in small letters")
-    if calls is not None and not (isinstance(calls, list) and CALLS.keys() >= set(calls)):
-        raise ValueError(f"calls is not an array of {', '.join(CALLS)}")
-    try:
-        expires = None if expires is None else utc(expires)
-    except ValueError as error:
-        raise ValueError(f"expires is {error}") from None
-    return sha256, Key(customer, None if calls is None else frozenset(calls), expires)
-
-
 # ---- What they sent: the body ----------------------------------------------------------------------------------------
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 §5.6.2
@@ -206,35 +175,6 @@ PARAMETER = rf'charset=(?:utf-8|"utf-8")|(?!charset=){TOKEN}=(?:{TOKEN}|"[^"]*")
 # again in another way, which could take minutes.
 JSON_TYPE = re.compile(rf"application/(?:{TOKEN}\+)?json(?:[ \t]*;[ \t]*(?:{PARAMETER})?)*+[ \t]*", re.I | re.A)
 is_json = lru_cache(maxsize=64)(JSON_TYPE.fullmatch)
-MAX_DEPTH = 500  # arrays and objects in each other: what the JSON parsers of Python and SQLite are sure to read
-
-
-def parse_object(data: bytes, what: str) -> dict[str, Any]:
-    """A JSON object in UTF-8, RFC 8259 and no more, with every key at every depth in snake_case (rung 7).
-
-    Of two keys alike the last counts. A number is exact, if whole, or a double. No byte-order mark is skipped.
-    """
-    try:
-        text = data.decode().strip(" \t\r\n")  # RFC 8259 §2
-        value, end = DECODER.raw_decode(text)
-        if end < len(text):
-            raise json.JSONDecodeError("Extra data", text, end)
-        if "\\" in text:  # an escape can name half of a surrogate pair, which no database takes: encode() raises
-            json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"{what} is not JSON in UTF-8: {error}") from None
-    if not isinstance(value, dict):
-        raise Refusal(400, f"{what} is not a JSON object")
-    # The cheapest first; each level takes two characters at least.
-    if len(text) > 2 * MAX_DEPTH and text.count("{") + text.count("[") > MAX_DEPTH and depth(text) > MAX_DEPTH:
-        raise Refusal(400, f"{what} is nested more than {MAX_DEPTH} deep")
-    return value
-
-
-def depth(text: str) -> int:
-    """How many arrays and objects are in each other in a JSON text, the outermost included."""
-    brackets = re.sub(r'"(\\.|[^"\\])*"|[^\[\]{}]', "", text)
-    return max(accumulate(1 if bracket in "[{" else -1 for bracket in brackets))
 
 
 def parse_double(text: str) -> float:
@@ -290,6 +230,35 @@ def snake_keys(sent: dict[str, Any]) -> dict[str, Any]:
 DECODER = json.JSONDecoder(
     object_hook=snake_keys, parse_int=parse_whole, parse_float=parse_double, parse_constant=parse_double
 )
+MAX_DEPTH = 500  # arrays and objects in each other: what the JSON parsers of Python and SQLite are sure to read
+
+
+def parse_object(data: bytes, what: str) -> dict[str, Any]:
+    """A JSON object in UTF-8, RFC 8259 and no more, with every key at every depth in snake_case (rung 7).
+
+    Of two keys alike the last counts. A number is exact, if whole, or a double. No byte-order mark is skipped.
+    """
+    try:
+        text = data.decode().strip(" \t\r\n")  # RFC 8259 §2
+        value, end = DECODER.raw_decode(text)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+        if "\\" in text:  # an escape can name half of a surrogate pair, which no database takes: encode() raises
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, f"{what} is not JSON in UTF-8: {error}") from None
+    if not isinstance(value, dict):
+        raise Refusal(400, f"{what} is not a JSON object")
+    # The cheapest first; each level takes two characters at least.
+    if len(text) > 2 * MAX_DEPTH and text.count("{") + text.count("[") > MAX_DEPTH and depth(text) > MAX_DEPTH:
+        raise Refusal(400, f"{what} is nested more than {MAX_DEPTH} deep")
+    return value
+
+
+def depth(text: str) -> int:
+    """How many arrays and objects are in each other in a JSON text, the outermost included."""
+    brackets = re.sub(r'"(\\.|[^"\\])*"|[^\[\]{}]', "", text)
+    return max(accumulate(1 if bracket in "[{" else -1 for bracket in brackets))
 
 
 def parse_settings(encoded: str | None) -> dict[str, Any]:
@@ -585,7 +554,7 @@ class Store(Destination):
         except (OSError, sqlite3.Error) as error:
             raise ConfigurationError(f"{path}: {error}") from None
         self._path = os.path.abspath(path)
-        self._inode = inode(self._path)
+        self._inode = look(self._path, "st_ino")
         self._waiting: queue.SimpleQueue[Change | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, daemon=True)
         self._writer.start()
@@ -627,7 +596,7 @@ class Store(Destination):
         outcomes: list[int | Exception] = []
         try:
             self._db.execute("begin immediate")
-            if inode(self._path) != self._inode:  # deleted or replaced: what is written now would be lost
+            if look(self._path, "st_ino") != self._inode:  # deleted or replaced: what is written now would be lost
                 raise FileNotFoundError(f"{self._path} is not the file that was opened at the start")
             for statement, values, _ in batch:
                 try:
@@ -649,11 +618,12 @@ class Store(Destination):
         self._writer.join(ANSWER_WAIT)
 
 
-def inode(path: str) -> int | None:
-    """Which file it is that a path leads to; None if there is none, as for a database in memory."""
+def look(path: str, *fields: str) -> list[int]:
+    """These fields of a file's status, as os.stat() names them; none if there is no file, as for one in memory."""
     with suppress(OSError):
-        return os.stat(path).st_ino
-    return None
+        status = os.stat(path)
+        return [getattr(status, field) for field in fields]
+    return []
 
 
 def open_database(path: str) -> sqlite3.Connection:
@@ -917,9 +887,41 @@ def plain(word: object) -> str:
     return quoted(word) if word else "-"
 
 
-# ---- All connections -------------------------------------------------------------------------------------------------
+# ---- An endpoint in service, and its keys file -----------------------------------------------------------------------
 
 DEMO_KEYS = {hashlib.sha256(key).hexdigest() for key in (b"segment", b"segment-expired", b"segment-identify-only")}
+CHANGES = "st_ctime_ns", "st_ino"  # what of a file's status is another whenever its text is
+
+
+def parse_keys(text: str) -> dict[str, Key]:
+    """The text of a keys file as keys by digest. ValueError names the entry that is wrong."""
+    entries, keys = json.loads(text), dict[str, Key]()
+    if not isinstance(entries, list):
+        raise ValueError("it is not a JSON array")
+    for number, entry in enumerate(entries, 1):
+        try:
+            digest, key = parse_key(**entry)  # Python itself refuses a member that is missing or that nobody knows
+        except (TypeError, ValueError) as error:
+            raise ValueError(" ".join(f"entry {number}: {error}".split())) from None  # in one line
+        if digest in keys:
+            raise ValueError(f"entry {number}: this sha256 was there before")
+        keys[digest] = key
+    return keys
+
+
+def parse_key(customer: str, sha256: str, calls: list[str] | None = None, expires: Any = None) -> tuple[str, Key]:
+    """One entry of a keys file. TypeError or ValueError says what is wrong with it."""
+    if not isinstance(customer, str) or not customer:
+        raise ValueError("customer is not a name")
+    if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError("sha256 is not 64 hexadecimal digits in small letters")
+    if calls is not None and not (isinstance(calls, list) and CALLS.keys() >= set(calls)):
+        raise ValueError(f"calls is not an array of {', '.join(CALLS)}")
+    try:
+        expires = None if expires is None else utc(expires)
+    except ValueError as error:
+        raise ValueError(f"expires is {error}") from None
+    return sha256, Key(customer, None if calls is None else frozenset(calls), expires)
 
 
 class Receiver:
@@ -928,23 +930,14 @@ class Receiver:
     def __init__(self, destination: Destination | None, options: argparse.Namespace) -> None:
         """ConfigurationError if what the options name cannot be used."""
         log.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
-        self.options, self.seen = options, self.look(options.api_keys)
-        # Where lines about requests go, flushed together if they come by the thousand; without it they are log records,
-        # each of which costs half of a request.
+        self.options, self.seen = options, look(options.api_keys, *CHANGES)
+        # Where lines about requests go, which the server flushes; without it they are log records, each of which costs
+        # half of a request.
         self.lines: TextIO | None = None
-        self.next_flush = 0.0
         keys = self.read_keys()
         if destination is None:
             destination = load_destination(options.destination) if options.destination else Store(options.database)
         self.endpoint = Endpoint(destination, keys, options.path, options.max_body, options.maintenance)
-
-    @staticmethod
-    def look(path: str) -> tuple[int, ...]:
-        """What changes whenever a file does; nothing if it is not there."""
-        with suppress(OSError):
-            status = os.stat(path)
-            return status.st_ctime_ns, status.st_ino
-        return ()
 
     def read_keys(self) -> dict[str, Key]:
         """The keys. ConfigurationError if the file is broken, or opens a public address to everybody."""
@@ -960,7 +953,7 @@ class Receiver:
 
     def reload_keys(self, always: bool = False) -> None:
         """Read the keys again if the file has changed; if that fails those that are in force stay."""
-        seen, self.seen = self.seen, self.look(self.options.api_keys)
+        seen, self.seen = self.seen, look(self.options.api_keys, *CHANGES)
         if seen == self.seen and not always:
             return
         try:
@@ -971,7 +964,7 @@ class Receiver:
             if seen or always or not unread:  # once
                 log.error("The keys stay as they were: %s", error)
             if unread:
-                self.seen = ()  # to try again soon: a key that was taken out must not stay valid
+                self.seen = []  # to try again soon: a key that was taken out must not stay valid
 
     def reply(self, read_request: Callable[[], Request]) -> Reply:
         """The reply to a request that is still to be read; it is then a line in the log."""
@@ -987,18 +980,15 @@ class Receiver:
         """One line about a request: what was answered, to which call of whom, how long it took, and why not 2xx."""
         if reply.status < 400 and self.options.quiet:
             return
-        now, raw, why = time.monotonic(), reply.raw, reply.body.get("message", "")[:1000]
+        raw, why, took = reply.raw, reply.body.get("message", "")[:1000], (time.monotonic() - started) * 1000
         user, what = raw.get("user_id") or raw.get("anonymous_id"), raw.get("event") or raw.get("name")
         about = f"{plain(raw.get('type'))} {plain(reply.customer)} {plain(user)} {plain(what)}"
-        text = f"{reply.status} {about}{' duplicate' if reply.duplicate else ''} {(now - started) * 1000:.1f} ms"
+        text = f"{reply.status} {about}{' duplicate' if reply.duplicate else ''} {took:.1f} ms"
         if why:
             text += f" {why if why.isprintable() else quoted(why)}"
         if self.lines and not reply.error:
             with suppress(OSError):  # a log that is full stops nothing
                 self.lines.write(f"{utc_now()} {text}\n")
-                if now > self.next_flush:  # else the next line does it, or service_actions()
-                    self.next_flush = now + 0.005
-                    self.lines.flush()
         else:
             log.log(logging.INFO if reply.status < 400 else logging.WARNING, "%s", text, exc_info=reply.error)
         if raw and self.options.verbose:
@@ -1008,6 +998,9 @@ class Receiver:
         """Stop taking calls, or take them again."""
         self.endpoint = self.endpoint._replace(maintenance=not self.endpoint.maintenance)
         log.warning("Maintenance is %s", "on" if self.endpoint.maintenance else "off")
+
+
+# ---- All connections -------------------------------------------------------------------------------------------------
 
 
 class Server(ThreadingTCPServer):

@@ -469,40 +469,6 @@ def test_what_is_answered(asked: dict[str, Any], reply: tuple[Any, ...]) -> None
     assert answered[: len(reply)] == reply and isinstance(answered.status, int)
 
 
-# ---- The keys file ---------------------------------------------------------------------------------------------------
-
-ENTRY = {"customer": "Acme", "sha256": "0" * 64}
-
-
-def test_the_keys_file_of_the_fixtures_holds_the_three_demo_keys() -> None:
-    lapsed, limited = ("lapsed", None, "2020-01-01T00:00:00.000Z"), ("limited", frozenset(["identify"]), None)
-    demo = {"segment": ("demo", None, None), "segment-expired": lapsed, "segment-identify-only": limited}
-    assert {digest(key): entry for key, entry in demo.items()} == KEYS and KEYS.keys() == receiver.DEMO_KEYS
-
-
-def test_an_entry_of_the_keys_file_has_a_customer_and_a_digest_and_perhaps_calls_and_expires() -> None:
-    more = {"sha256": "1" * 64, "calls": [*receiver.CALLS], "expires": "2027-01-01T01:00:00+01:00"}
-    assert receiver.parse_keys(json.dumps([ENTRY, {**ENTRY, **more}])) == {
-        "0" * 64: ("Acme", None, None), "1" * 64: ("Acme", frozenset(receiver.CALLS), "2027-01-01T00:00:00.000Z"),
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(("entries", "culprit"), [
-    ({}, "it is not a JSON array"), ([ENTRY, 7], "entry 2: "), ([ENTRY, ENTRY], "entry 2: this sha256 was there"),
-    ([{"sha256": "0" * 64}], "entry 1: .*'customer'"), ([{"customer": "Acme"}], "entry 1: .*'sha256'"),
-    ([{**ENTRY, "expirs": "2027-01-01"}], "entry 1: .*'expirs'"),
-    ([{**ENTRY, "two\nlines": 1}], "entry 1: .*'two lines'$"),
-    *(([{**ENTRY, member: wrong}], f"entry 1: {member} is not {what}") for member, what, values in (
-        ("customer", "a name", ["", 7, None]), ("expires", "an ISO 8601 time$", ["soon", "", 2027]),
-        ("sha256", "64 hexadecimal digits in small letters", ["0" * 63, "0" * 65, "G" * 64, "A" * 64, None]),
-        ("calls", "an array of identify, track, ", ["identify", ["identify", "tarck"], [7], 7]),
-    ) for wrong in values),
-])  # fmt: skip
-def test_a_wrong_entry_or_member_of_the_keys_file_is_an_error_that_names_it(entries: Any, culprit: str) -> None:
-    with pytest.raises(ValueError, match="^" + culprit):
-        receiver.parse_keys(json.dumps(entries))
-
-
 # ---- What they sent: the body (rungs 6 and 7) ------------------------------------------------------------------------
 
 ARRAYS, OBJECTS = ("[" * 499 + "]" * 499, '{"a":' * 499 + "0" + "}" * 499)
@@ -1206,7 +1172,38 @@ def test_a_call_whose_client_did_not_wait_for_the_reply_is_a_line_in_the_log(cap
     assert "Traceback" not in caplog.text
 
 
-# ---- Keys, maintenance, and all connections --------------------------------------------------------------------------
+# ---- The keys file, and maintenance ----------------------------------------------------------------------------------
+
+ENTRY = {"customer": "Acme", "sha256": "0" * 64}
+
+
+def test_the_keys_file_of_the_fixtures_holds_the_three_demo_keys() -> None:
+    lapsed, limited = ("lapsed", None, "2020-01-01T00:00:00.000Z"), ("limited", frozenset(["identify"]), None)
+    demo = {"segment": ("demo", None, None), "segment-expired": lapsed, "segment-identify-only": limited}
+    assert {digest(key): entry for key, entry in demo.items()} == KEYS and KEYS.keys() == receiver.DEMO_KEYS
+
+
+def test_an_entry_of_the_keys_file_has_a_customer_and_a_digest_and_perhaps_calls_and_expires() -> None:
+    more = {"sha256": "1" * 64, "calls": [*receiver.CALLS], "expires": "2027-01-01T01:00:00+01:00"}
+    assert receiver.parse_keys(json.dumps([ENTRY, {**ENTRY, **more}])) == {
+        "0" * 64: ("Acme", None, None), "1" * 64: ("Acme", frozenset(receiver.CALLS), "2027-01-01T00:00:00.000Z"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("entries", "culprit"), [
+    ({}, "it is not a JSON array"), ([ENTRY, 7], "entry 2: "), ([ENTRY, ENTRY], "entry 2: this sha256 was there"),
+    ([{"sha256": "0" * 64}], "entry 1: .*'customer'"), ([{"customer": "Acme"}], "entry 1: .*'sha256'"),
+    ([{**ENTRY, "expirs": "2027-01-01"}], "entry 1: .*'expirs'"),
+    ([{**ENTRY, "two\nlines": 1}], "entry 1: .*'two lines'$"),
+    *(([{**ENTRY, member: wrong}], f"entry 1: {member} is not {what}") for member, what, values in (
+        ("customer", "a name", ["", 7, None]), ("expires", "an ISO 8601 time$", ["soon", "", 2027]),
+        ("sha256", "64 hexadecimal digits in small letters", ["0" * 63, "0" * 65, "G" * 64, "A" * 64, None]),
+        ("calls", "an array of identify, track, ", ["identify", ["identify", "tarck"], [7], 7]),
+    ) for wrong in values),
+])  # fmt: skip
+def test_a_wrong_entry_or_member_of_the_keys_file_is_an_error_that_names_it(entries: Any, culprit: str) -> None:
+    with pytest.raises(ValueError, match="^" + culprit):
+        receiver.parse_keys(json.dumps(entries))
 
 
 def test_keys_that_could_not_be_read_are_read_as_soon_as_they_can_be(tmp_path: Path) -> None:
@@ -1260,6 +1257,9 @@ def test_maintenance_is_503_with_retry_after_and_sigusr1_toggles_it(tmp_path: Pa
             assert post(process).status_code == status
         assert post(process, url=process.url + "health").status_code == 405
         assert requests.get(process.url + "health", verify=process.tls_cert, timeout=9).status_code == 503
+
+
+# ---- All connections -------------------------------------------------------------------------------------------------
 
 
 def test_beyond_max_connections_the_one_idle_longest_makes_room_and_not_a_new_one(tmp_path: Path) -> None:
