@@ -1219,7 +1219,7 @@ def options_parser() -> Parser:
     add("--timeout", metavar="SECONDS", type=seconds, default=10, help="for a request to arrive whole (%(default)s)")
     add("--keep-alive", metavar="SECONDS", type=seconds, default=75, help="of silence between requests (%(default)s)")
     add("--max-connections", metavar="N", type=from_to(int, 1, 100_000), default=1000, help="at a time (%(default)s)")
-    add("--maintenance", action="store_true", help="start in maintenance, answering 503; SIGUSR1 toggles it")
+    add("--maintenance", action="store_true", help="start in maintenance, answering 503, until SIGUSR1")
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("--quiet", action="store_true", help="log no line for what was answered 2xx")
     volume.add_argument("--verbose", action="store_true", help="log each call too")

@@ -893,6 +893,28 @@ def test_after_kill_9_every_call_answered_200_is_there_once_and_sending_all_agai
         assert sorted(process.ids()) == found
 
 
+def test_who_starts_while_another_makes_the_database_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = threading.Event()
+
+    class Watched(sqlite3.Connection):
+        def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+            if sql.startswith("begin"):
+                begun.set()
+            return super().execute(sql, *values)
+
+    with ThreadPoolExecutor(1) as pool, contextlib.closing(sqlite3.connect(tmp_path / "calls.db")) as other:
+        other.execute("begin immediate")
+        monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Watched))
+        opened = pool.submit(receiver.open_database, str(tmp_path / "calls.db"))
+        assert begun.wait(10)
+        for statement in receiver.SCHEMA.split(";"):
+            other.execute(statement)
+        other.commit()
+        opened.result().close()
+
+
 def test_two_receivers_on_one_new_database_lose_and_double_nothing(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool, contextlib.ExitStack() as stack:
         first, second = map(stack.enter_context, pool.map(lambda _: Process(tmp_path), range(2)))
@@ -2226,11 +2248,12 @@ def test_every_command_of_the_readme_works_as_printed_and_shows_what_is_shown(tm
     assert rest.strip() in (tmp_path / "log").read_text()
 
 
-def test_help_and_readme_name_the_same_options_with_the_same_defaults() -> None:
-    text, table = command(*RECEIVER, "--help").stdout, README.partition("## Options")[2].partition("## ")[0]
-    assert {*re.findall(r"--[a-z][a-z-]+", text)} - {"--help"} == {*re.findall(r"--[a-z][a-z-]+", table)}
-    helped = re.findall(r"^ +(--[a-z-]+) (?:(?!^ +-).)*?\(([^\s()]+)\)$", text, re.M | re.S)
-    assert helped == re.findall(r"^\| `(--[a-z-]+)[^|]* \| `?([^|` ]+)`? \|", table, re.M)
+def test_help_and_readme_say_the_same_of_the_same_options() -> None:
+    text = command(*RECEIVER, "--help", env={**ENVIRONMENT, "COLUMNS": "999"}).stdout
+    assert "\nReceive Segment's calls over HTTPS and store them.\n" in text and "[--quiet | --verbose]" in text
+    helped = re.findall(r"^  (--[a-z-]+(?: [A-Z:]+)?)\s+(.+?)(?: \((\S+)\))?$", text, re.M)
+    table = re.findall(r"^\| `(--[^`]+)` \|(?: `([^`]+)`)? \| ([^|;]+?)(?:;[^|]*)? \|$", README, re.M)
+    assert helped == [(option, what, default) for option, default, what in table] and len(helped) == 18
 
 
 def test_every_link_of_the_readme_leads_to_a_function_a_heading_or_a_file() -> None:
