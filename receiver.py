@@ -71,9 +71,9 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 # 1. The protocol
 #
 # What is answered to which request, and why: pure functions and small immutable values. Nothing here opens a socket, a
-# file or a thread, or looks at a clock that it was not handed. What is remembered (lru_cache, KNOWN) saves time and
-# changes no answer. The rungs that docstrings name are those of the ladder at its end, answer(). A port to another
-# language starts here, and its statuses and field names end here; the wording of messages is free.
+# file or a thread, or looks at a clock that it was not handed. The rungs that docstrings name are those of the ladder
+# at its end, answer(). A port to another language needs this part and fixtures/refused.json, no more. The wording of
+# messages is free; and what is remembered (lru_cache, KNOWN) saves time and changes no answer.
 # ======================================================================================================================
 
 # ---- What can be refused ---------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class Key(NamedTuple):
     """What an API key opens. No file holds the key itself: it is found by its SHA-256 digest."""
 
     customer: str
-    calls: frozenset[str] | None = None  # the types of call that it may send; None: all
+    calls: frozenset[str] | None = None  # the types of call that it may send; None: all; empty: none
     expires: str | None = None  # as utc() writes it: at that moment it has expired
 
 
@@ -171,8 +171,8 @@ def digest_of(authorization: str) -> str:
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 §5.6.2
 PARAMETER = rf'charset=(?:utf-8|"utf-8")|(?!charset=){TOKEN}=(?:{TOKEN}|"[^"]*")'  # §5.6.6
-# application/json or a vendor's application/*+json (RFC 6839 §3.1); no charset but UTF-8. The + after * forbids to try
-# again in another way, which could take minutes.
+# application/json or a vendor's application/*+json (RFC 6839 §3.1), with any parameters, but of charsets only UTF-8.
+# (*+ takes what * would, but does not try again in other ways, which could take minutes.)
 JSON_TYPE = re.compile(rf"application/(?:{TOKEN}\+)?json(?:[ \t]*;[ \t]*(?:{PARAMETER})?)*+[ \t]*", re.I | re.A)
 is_json = lru_cache(maxsize=64)(JSON_TYPE.fullmatch)
 
@@ -196,7 +196,7 @@ def snake_case(key: str) -> str:
     """A key in snake_case: `userId`, `UserID`, `user-id`, `User Id` and `user_id` are all `user_id`.
 
     A capital starts a word after a small letter or a digit, and as the last of a run before a small letter
-    (`HTMLParser`: `html_parser`). A hyphen or a blank is an underscore.
+    (`HTMLParser`: `html_parser`). A hyphen or a space is an underscore. What is a capital beyond ASCII, Unicode says.
     """
     words = ""
     for before, letter, after in zip(" " + key, key, key[1:] + " ", strict=False):
@@ -212,8 +212,8 @@ KNOWN: set[str] = set()  # keys that came in snake_case before; few and short, s
 def snake_keys(sent: dict[str, Any]) -> dict[str, Any]:
     """One object with its keys in snake_case.
 
-    Where two keys would become one, that which is in snake_case already gets the name, else the first; the other stays
-    as it came, so that nothing is lost.
+    Where two keys would become one, that which is in snake_case already gets the name, else the first as sent; the
+    other stays as it came, so that nothing is lost.
     """
     if KNOWN.issuperset(sent):
         return sent
@@ -236,14 +236,15 @@ MAX_DEPTH = 500  # arrays and objects in each other: what the JSON parsers of Py
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
     """A JSON object in UTF-8, RFC 8259 and no more, with every key at every depth in snake_case (rung 7).
 
-    Of two keys alike the last counts. A number is exact, if whole, or a double. No byte-order mark is skipped.
+    Of two keys alike the last counts. A number without a fraction and an exponent is whole, and exact; any other is a
+    double. No byte-order mark is skipped, and no half of a surrogate pair is taken.
     """
     try:
         text = data.decode().strip(" \t\r\n")  # RFC 8259 §2
         value, end = DECODER.raw_decode(text)
         if end < len(text):
             raise json.JSONDecodeError("Extra data", text, end)
-        if "\\" in text:  # an escape can name half of a surrogate pair, which no database takes: encode() raises
+        if "\\" in text:  # an escape can name half of a surrogate pair, which no database takes, nor encode()
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise Refusal(400, f"{what} is not JSON in UTF-8: {error}") from None
@@ -285,7 +286,7 @@ NEEDED = {"track": "event", "group": "group_id", "delete": "user_id", "alias": "
 
 
 def an_id(value: Any) -> str | None:
-    """An id as text: a whole number (True is none) as its digits, an empty id as none. ValueError: what it is not."""
+    """An id as text: a whole number (1.0 and True are none) as digits; None if empty. ValueError: what it is not."""
     if type(value) is int:
         return str(value)
     if isinstance(value, str):
@@ -307,14 +308,18 @@ def an_object(value: Any) -> dict[str, Any]:
     raise ValueError("not an object")
 
 
-DATE, TIME = r"\d{4}(-\d\d-\d\d|\d{4}|-?W\d\d-?\d)", r"[0-2]\d(:?[0-5]\d(:?[0-5]\d([.,]\d+)?)?)?"
-ZONE = r"(Z|[+-]\d\d(:?\d\d)?)"
+DATE, HOUR = r"\d{4}(-\d\d-\d\d|\d{4}|-W\d\d-\d|W\d{3})", r"([01]\d|2[0-3])"
+TIME, ZONE = rf"{HOUR}(:?[0-5]\d(:?[0-5]\d([.,]\d+)?)?)?", rf"(Z|[+-]{HOUR}(:?[0-5]\d)?)"
 ISO_8601 = re.compile(f"{DATE}([T ]{TIME}{ZONE}?)?", re.A)  # Python alone would take more, and more with each version
-UTC_TEXT = re.compile(r"\d{4}-\d\d-\d\dT[0-2]\d:[0-5]\d:[0-5]\d\.\d{3}Z", re.A)
+UTC_TEXT = re.compile(r"\d{4}-\d\d-\d\dT[0-2]\d:[0-5]\d:[0-5]\d\.\d{3}Z", re.A)  # as it usually comes, which is quicker
 
 
 def utc(value: Any) -> str:
-    """An ISO 8601 time in UTC, cut to milliseconds, with Z: as text it sorts by time. One without a zone is in UTC."""
+    """An ISO 8601 time in UTC, cut to milliseconds, with Z: as text it sorts by time. One without a zone is in UTC.
+
+    It is a day of the calendar, or of a week, in the years 1 to 9999, alone or with a time; its separators are all
+    there or all left out. ValueError if it is something else.
+    """
     try:
         if UTC_TEXT.fullmatch(value) and datetime.fromisoformat(value):
             return str(value)
@@ -325,7 +330,7 @@ def utc(value: Any) -> str:
         raise ValueError("not an ISO 8601 time") from None
 
 
-# The fields of a call, and what is made of each that is there; None: it is taken as it came.
+# The fields of a call, who has them, and what is made of each that is there, whoever sends it; None: as it came.
 FIELDS: dict[str, Callable[[Any], Any] | None] = {
     "type": None,
     "user_id": an_id,  # the customer's id of the user
@@ -345,7 +350,7 @@ FIELDS: dict[str, Callable[[Any], Any] | None] = {
     "integrations": None,  # which other destinations got it
     "version": None,  # of the Spec
 }
-# Looked at only in the types of call that have them in their row: a stray name refuses no track call.
+# But these only in the types of call that have them in their row: a stray name refuses no track call.
 OF_SOME = {"event", "name", "group_id", "previous_id"}
 CHECKS = {
     kind: {field: check for field, check in FIELDS.items() if field in row or field not in OF_SOME}
@@ -421,13 +426,17 @@ HEALTH = "/health"  # for load balancers and monitors; it is no part of Segment'
 
 
 class Request(NamedTuple):
-    """A request whose head is clean HTTP/1.x: that is rung 1, and the server's business."""
+    """A request whose head is clean HTTP/1.x.
+
+    That is rung 1, and the server's business: 400 if it has two readings or none, 414 or 431 if it is too long, 505 if
+    it is of another version, 408 if it does not come whole in time.
+    """
 
     method: str
     target: str  # path and query as sent
     headers: Mapping[str, str]  # names in lower case, values without blanks around them
     length: int | None  # what Content-Length says, in bytes
-    read: Callable[[], bytes]  # reads the body, and is called once at most; Refusal if it does not come, or not in time
+    read: Callable[[], bytes]  # reads the body, once at most; Refusal 408 if it is late, 400 if it ends early
 
 
 class Endpoint(NamedTuple):
@@ -443,7 +452,8 @@ class Endpoint(NamedTuple):
 def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
     """The protocol: the reply to a request. Every rung of this ladder refuses the request or passes it on.
 
-    Their order decides which reply a request with two faults gets; whoever shows no key learns nothing about bodies.
+    Their order decides which reply a request with two faults gets; whoever shows no key learns nothing about bodies. A
+    header that is there and empty is not absent.
     """
     method, headers, customer, raw = request.method, request.headers, "", dict[str, Any]()
     try:

@@ -95,14 +95,20 @@ def sentences(names: str, table: list[Any]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(names, [pytest.param(*row[1:], id=row[0]) for row in table])
 
 
-def refused(wrong: str, request: dict[str, Any], **others: Any) -> tuple[str, types.SimpleNamespace]:
-    """A record of the refused requests in the fixtures: what is wrong, and both the request and the reply."""
-    body = request.get("body", "").encode() or base64.b64decode(request.get("body_base64", ""))
-    return wrong, types.SimpleNamespace(**{**request, **others, "body": body})
+def recorded(file: str) -> pytest.MarkDecorator:
+    """Parametrize with the requests in a file of the fixtures, each with what is said of it."""
+    table = []
+    for record in json.loads((FIXTURES / file).read_text()):
+        sent = record["request"]
+        body = sent.get("body", "").encode() or base64.b64decode(sent.get("body_base64", ""))
+        headers = {name.lower(): value for name, value in sent["headers"].items()}
+        case = types.SimpleNamespace(**{**sent, **record, "body": body, "headers": headers})
+        table.append((next(iter(record.values())), case))
+    return sentences("case", table)
 
 
 head = functools.partial(request, None)
-each_refused = sentences("case", [refused(**record) for record in json.loads((FIXTURES / "refused.json").read_text())])
+each_refused, each_accepted = recorded("refused.json"), recorded("accepted.json")
 
 
 class Recorder(receiver.Destination):
@@ -389,12 +395,20 @@ def test_the_earlier_rung_of_the_ladder_answers(first: tuple[Any, ...], second: 
     assert ask(**{**second[1], **first[1]}).status == first[2]
 
 
+ABSENT: dict[str, Any] = {"authorization": None, "content-length": None}
+
+
+@each_accepted
+def test_every_accepted_request_is_200_and_gives_the_destination_this_call(case: Any) -> None:
+    destination = Recorder()
+    assert ask(case.body, case.method, case.path, destination, **ABSENT | case.headers)[:3] == (200, {}, {})
+    assert {field: getattr(destination.calls[0][-1], field) for field in case.call} == case.call
+
+
 @each_refused
 def test_every_refusal_names_the_culprit_reaches_no_destination_and_is_not_sent_again(case: Any) -> None:
     destination = type("OfTheRecords", (Recorder,), {"alias": None, "screen": None})()
-    absent: dict[str, Any] = {"authorization": None, "content-length": None}
-    headers = {name.lower(): value for name, value in case.headers.items()}
-    reply = ask(case.body, case.method, case.path, destination, **absent | headers)
+    reply = ask(case.body, case.method, case.path, destination, **ABSENT | case.headers)
     assert (reply.status, reply.body, destination.calls) == (case.status, {"message": case.message}, [])
     assert reply.status == 501 or (400 <= reply.status < 500 and reply.status not in (408, 429))
 
@@ -569,7 +583,8 @@ WRONG: dict[str, list[Any]] = {
     "a string or a whole number": [True, 1.5, [], {}], "a string": [True, 7, [], {}], "an object": [True, 7, "x", []],
     "an ISO 8601 time": [
         "", "now", "2026", "2026-13-01", "2026-02-30T00:00:00.000Z", "15/01/2026", "2026-01-15X00:00:00", " 2026-01-15",
-        "2026-01-15T25:00:00Z", "0001-01-01T00:00:00+01:00", f"{NOW}\n", "٢٠٢٦-01-15", 7, True, {}, [NOW],
+        "2026-01-15T24:00:00Z", "0001-01-01T00:00:00+01:00", f"{NOW}\n", "٢٠٢٦-01-15", 7, True, {}, [NOW], "2026-0115",
+        "2026-01-15T12:3000", "2026-01-15T12:00:00+24:00", "2026-01-15T12:00:00+01:60", "2026-W034", "2026-W54-1",
     ],
 }  # fmt: skip
 
@@ -831,14 +846,28 @@ def test_many_calls_waiting_at_once_share_one_transaction_and_an_error_in_one_is
     assert store.statements.count("commit") == 2 and store.rows("count(*) from calls") == [(11,)]
 
 
-def test_a_store_whose_file_was_moved_or_replaced_is_503_as_what_it_wrote_would_be_lost(store: FileStore) -> None:
+def test_a_store_whose_file_was_moved_or_replaced_is_503_as_what_it_wrote_would_be_lost(
+    store: FileStore, caplog: pytest.LogCaptureFixture
+) -> None:
     assert store.save().status == 200
     away = store.path.rename(store.path.with_name("away"))
-    assert store.save().status == 503
+    assert store.save()[:2] == (503, {"message": "The call could not be stored for now"})
     store.path.write_bytes(b"")
     assert store.save().status == 503
     away.rename(store.path)
     assert store.save().status == 200 and store.rows("count(*) from calls") == [(2,)]
+    assert f"1 calls could not be stored: {store.path} is not the file that was opened at the start\n" in caplog.text
+
+
+def test_a_call_that_waits_for_too_long_is_503_and_may_still_be_stored(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 2 * receiver.LOCK_WAIT < receiver.ANSWER_WAIT < 5
+    with monkeypatch.context() as patch, locked(store.path):
+        patch.setattr(receiver, "ANSWER_WAIT", 0.1)
+        assert store.save(message_id="m1")[:2] == (503, {"message": "The call could not be stored in time"})
+    until(lambda: store.rows("message_id from calls"))
+    assert store.save(message_id="m1").duplicate
 
 
 def test_a_database_that_is_read_only_for_a_while_is_503_with_retry_after_meanwhile(store: FileStore) -> None:
@@ -943,47 +972,64 @@ def head_of(size: int) -> bytes:
     return request(TRACK, "X: " + "y" * (size - request(TRACK, "X: ").index(b"\r\n\r\n")))
 
 
-@sentences("status, heads", [
-    ("stray blanks, or none, in the request line", 400, [
+REQUEST_LINE = "400 The request line is not a method, a target and HTTP/1.1, with single blanks"
+FIELD_LINE = "400 Header line [134] is not a name, a colon and a value"
+
+
+# What the reply says to each of these heads: its status and its message.
+@sentences("says, heads", [
+    ("stray blanks, or none, in the request line", REQUEST_LINE, [
         head(method="GE T"), head(target="/a b"), b"POST  / HTTP/1.1\r\nHost: x\r\n\r\n", head(version="HTTP/1.1 "),
         b" POST / HTTP/1.1\r\nHost: x\r\n\r\n", b"POST\t/\tHTTP/1.1\r\nHost: x\r\n\r\n", b"GET /\r\n\r\n",
     ]),
-    ("a request line that is none", 400, [
+    ("a request line that is none", REQUEST_LINE, [
         head(target="/\xe9"), head(method="G@T"), head(version="http/1.1"), head(version="HTTP/1.10"), b"\0\r\n\r\n",
     ]),
-    ("another version than HTTP/1.x", 505, [
+    ("another version than HTTP/1.x", "505 Only HTTP/1.1 and HTTP/1.0 are spoken here", [
         head(version="HTTP/0.9"), head(version="HTTP/2.0"), b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     ]),
-    ("a target over 8 KiB", 414, [head(target="/" + "a" * 8192), b"POST /" + b"a" * 9000]),
-    ("over 100 fields", 431, [head(*["X: y"] * 99)]),
-    ("over 64 KiB in all", 431, [head_of(65_537), b"POST / HTTP/1.1\r\nX: " + b"y" * 65_600]),
-    ("a bare LF", 400, [
-        b"POST / HTTP/1.1\nHost: x\n\n", b"POST / HTTP/1.1\r\nHost: x\n", b"POST / HTTP/1.1\r\nHost: x\nX: y\r\n\r\n",
+    ("a target over 8 KiB", "414 The target is longer than 8192 bytes", [
+        head(target="/" + "a" * 8192), b"POST /" + b"a" * 9000,
     ]),
-    ("obsolete folding", 400, [head("X: a\r\n folded"), head("X: a\r\n\tfolded")]),
-    ("a space before the colon", 400, [head("X : a"), head("X\xa0: a")]),
-    ("control characters", 400, [head("X: a\0b"), head("X: a\rb"), head("X: a\x7fb"), head("X: \x1b[31m")]),
-    ("an illegal field name", 400, [head("X"), head(": a"), head(" X: a"), head("X(y): a"), head("X\xe9: a")]),
-    ("a missing Host in HTTP/1.1", 400, [head(host=None)]),
-    ("a second Host", 400, [head("Host: localhost"), head("host: other")]),
-    ("a second Content-Length", 400, [head("Content-Length: 5", length=5), head("Content-Length: 6", length=5)]),
-    ("a second Content-Type", 400, [head(MEDIA, MEDIA.lower())]),
-    ("a second Authorization", 400, [head(f"authorization: {basic('segment')}")]),
-    ("a Content-Length that is not plain digits", 400, [
+    ("over 100 fields", "431 There are more than 100 header fields", [head(*["X: y"] * 99)]),
+    ("over 64 KiB in all", "431 The head is longer than 65536 bytes", [
+        head_of(65_537), b"POST / HTTP/1.1\r\nX: " + b"y" * 65_600,
+    ]),
+    ("a bare LF", "400 A line of the head does not end in CR LF", [b"POST / HTTP/1.1\nHost: x\n\n"]),
+    ("a bare LF after a field", FIELD_LINE, [
+        b"POST / HTTP/1.1\r\nHost: x\nX: y\r\n\r\n", b"POST / HTTP/1.1\r\nHost: x\n",
+    ]),
+    ("obsolete folding", FIELD_LINE, [head("X: a\r\n folded"), head("X: a\r\n\tfolded")]),
+    ("a space before the colon", FIELD_LINE, [head("X : a"), head("X\xa0: a")]),
+    ("control characters", FIELD_LINE, [head("X: a\0b"), head("X: a\rb"), head("X: a\x7fb"), head("X: \x1b[31m")]),
+    ("an illegal field name", FIELD_LINE, [head("X"), head(": a"), head(" X: a"), head("X(y): a"), head("X\xe9: a")]),
+    ("a missing Host in HTTP/1.1", "400 The Host header is missing", [head(host=None)]),
+    ("a second Host", "400 The header 'host' is there twice", [head("Host: localhost"), head("host: other")]),
+    ("a second Content-Length", "400 The header 'content-length' is there twice", [
+        head("Content-Length: 5", length=5), head("Content-Length: 6", length=5),
+    ]),
+    ("a second Content-Type", "400 The header 'content-type' is there twice", [head(MEDIA, MEDIA.lower())]),
+    ("a second Authorization", "400 The header 'authorization' is there twice", [
+        head(f"authorization: {basic('segment')}"),
+    ]),
+    ("a Content-Length that is not plain digits", "400 The Content-Length '.*' is not plain digits", [
         head(length=length) for length in ("+5", "-5", "5, 5", "0x5", "5 5", "", "1_0", "5.0", "\xd9\xa5", "\xb2")
     ]),
-    ("any Transfer-Encoding beside a Content-Length", 400, [
+    ("any Transfer-Encoding beside a Content-Length", "400 There are both a Transfer-Encoding and a Content-Length", [
         request(TRACK, CHUNKED), head("Transfer-Encoding: identity", length=0), head(CHUNKED, "Content-length:\t3"),
     ]),
-    ("a Transfer-Encoding without Content-Length", 411, [head(CHUNKED), head("Transfer-Encoding: xchunked")]),
+    ("a Transfer-Encoding without Content-Length", "411 The Content-Length header is missing", [
+        head(CHUNKED), head("Transfer-Encoding: xchunked"),
+    ]),
 ])  # fmt: skip
-def test_a_head_that_is_not_clean_is_refused_and_closes(running: Process, status: int, heads: list[bytes]) -> None:
+def test_a_head_that_is_not_clean_is_refused_and_closes(running: Process, says: str, heads: list[bytes]) -> None:
     before = running.ids()
     for data in heads:
         with Wire(running) as wire:
             reply = wire.send(data + (b"0\r\n\r\n" + request() if b"\r\n" in data else b"")).reply()
-            assert (reply.status, reply.headers["connection"], wire.closed()) == (status, "close", True), data[:80]
-            assert json.loads(reply.body)["message"] and reply.headers["content-type"] == "application/json"
+            assert re.fullmatch(says, f"{reply.status} {json.loads(reply.body)['message']}"), data[:80]
+            assert (reply.headers["connection"], reply.headers["content-type"]) == ("close", "application/json")
+            assert wire.closed()
     assert running.ids() == before  # what stood behind it was not executed
 
 
@@ -1213,18 +1259,19 @@ def test_an_entry_of_the_keys_file_has_a_customer_and_a_digest_and_perhaps_calls
 
 
 @pytest.mark.parametrize(("entries", "culprit"), [
-    ({}, "it is not a JSON array"), ([ENTRY, 7], "entry 2: "), ([ENTRY, ENTRY], "entry 2: this sha256 was there"),
+    ({}, "it is not a JSON array"), ([ENTRY, 7], "entry 2: .*int"),
+    ([ENTRY, ENTRY], "entry 2: this sha256 was there before"),
     ([{"sha256": "0" * 64}], "entry 1: .*'customer'"), ([{"customer": "Acme"}], "entry 1: .*'sha256'"),
     ([{**ENTRY, "expirs": "2027-01-01"}], "entry 1: .*'expirs'"),
-    ([{**ENTRY, "two\nlines": 1}], "entry 1: .*'two lines'$"),
+    ([{**ENTRY, "two\nlines": 1}], "entry 1: .*'two lines'"),
     *(([{**ENTRY, member: wrong}], f"entry 1: {member} is not {what}") for member, what, values in (
-        ("customer", "a name", ["", 7, None]), ("expires", "an ISO 8601 time$", ["soon", "", 2027]),
+        ("customer", "a name", ["", 7, None]), ("expires", "an ISO 8601 time", ["soon", "", 2027]),
         ("sha256", "64 hexadecimal digits in small letters", ["0" * 63, "0" * 65, "G" * 64, "A" * 64, None]),
-        ("calls", "an array of identify, track, ", ["identify", ["identify", "tarck"], [7], 7]),
+        ("calls", f"an array of {', '.join(receiver.CALLS)}", ["identify", ["identify", "tarck"], [7], 7]),
     ) for wrong in values),
 ])  # fmt: skip
 def test_a_wrong_entry_or_member_of_the_keys_file_is_an_error_that_names_it(entries: Any, culprit: str) -> None:
-    with pytest.raises(ValueError, match="^" + culprit):
+    with pytest.raises(ValueError, match=f"^{culprit}$"):
         receiver.parse_keys(json.dumps(entries))
 
 
@@ -1319,7 +1366,7 @@ def test_sigterm_finishes_what_is_in_flight_loses_no_200_and_exits_0_in_10_s(tmp
         until(lambda: len(load.stored) > 200)
         started = time.monotonic()
         assert process.stop() == 0 and time.monotonic() - started < 10
-        assert wire.reply().status == (503 if stuck else 0)
+        assert wire.reply()[::2] == ((503, b'{"message": "Shutting down"}') if stuck else (0, b""))
     assert {other for other in load.others if other} <= {503}
     assert load.stored <= {*process.ids()} and "Traceback" not in process.log
 
@@ -1583,7 +1630,7 @@ def wsgi_answer(application: Any, method: str, path: str, headers: Mapping[str, 
     """What a WSGI callable answers, under wsgiref's validator."""
     environ: dict[str, Any] = {"REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": path, "QUERY_STRING": ""}
     for name, value in headers.items():
-        own = name in ("Content-Type", "Content-Length")
+        own = name.lower() in ("content-type", "content-length")
         environ["HTTP_" * (not own) + name.upper().replace("-", "_")] = value
     wsgiref.util.setup_testing_defaults(environ)
     started = list[Any]()
@@ -1654,31 +1701,46 @@ def test_beyond_loopback_it_starts_with_keys_of_its_own_and_takes_no_demo_key_la
         assert post(process, url=url).status_code == 401
 
 
+NO_PATH = "is not a slash and visible ASCII without [?] and #, or is /health"
+PUBLIC = "to listen on 0.0.0.0, make keys of your own with --add-key CUSTOMER --api-keys FILE"
+ALONE = "--calls and --expires go with --add-key"
+
+
 # The command line, and what the one line says about it.
-@pytest.mark.parametrize(("line", "says"), {
-    "--port 65536": "--port: 65536 is not from 0 to 65535", "--port http": "--port.*'http'", "--port": "--port",
-    "--path segment": "--path: 'segment' is not a slash", "--path /health": "--path: '/health'", "--path /?": "--path",
-    "--bind localhorst": "--bind.*localhorst", "--prot 1": "--prot", "--verb": "--verb", "start": "start",
-    "--timeout 0": "--timeout: 0 is not from 0.1", "--timeout nan": "--timeout: nan", "--max-body 0": "--max-body: 0",
-    "--keep-alive 0": "--keep-alive: 0", "--max-connections 0": "--max-connections: 0",
-    "--quiet --verbose": "--verbose: not allowed with argument --quiet",
-    "--api-keys nowhere.json": "nowhere.json: .*No such", "--tls-cert nowhere.pem": "nowhere.pem.*make certs",
-    "--tls-key fixtures/keys.json": "fixtures/keys.json: ",
-    "--tls-cert README.md": "README.md", "--api-keys fixtures/track.json": "track.json: it is not a JSON array",
-    "--database README.md": "README.md: this is not a database of calls", "--database .": ".: .*directory",
-    "--database nowhere/calls.db": "nowhere/calls.db: unable", "--destination json": "destination json: ",
-    "--destination nowhere:Nothing": "destination nowhere:Nothing: ModuleNotFoundError",
-    "--destination json:JSONDecoder": "this is no subclass of receiver.Destination",
-    "--bind 0.0.0.0": "fixtures/keys.json holds a demo key.*--add-key", "--calls track": "--calls.*--add-key",
-    "--expires 2999-01-01": "--expires.*--add-key", "--add-key A --calls tarck": "calls is not an array of identify",
-    "--add-key A --expires soon": "expires is not an ISO 8601 time", "--add-key=": "customer is not a name",
-    "--add-key A --api-keys README.md": "README.md: ", "--add-key A --api-keys nowhere/k.json": "nowhere/k.json: ",
-}.items())  # fmt: skip
+@pytest.mark.parametrize(("line", "says"), [
+    ("--port 65536", "argument --port: 65536 is not from 0 to 65535"), ("--port http", "argument --port: .*'http'"),
+    ("--port", "argument --port: expected one argument"), ("--bind localhorst", "argument --bind: .*'localhorst'"),
+    *((f"--path {path}", f"argument --path: '{re.escape(path)}' {NO_PATH}")
+      for path in ("segment", "/health", "/?", "/#", "/é")),
+    *((f"--{option} {value}", f"argument --{option}: {value} is not from {limits}") for option, value, limits in (
+        ("timeout", "0", "0.1 to 86400"), ("timeout", "nan", "0.1 to 86400"), ("keep-alive", "86401", "0.1 to 86400"),
+        ("max-body", "0", "1 to 536870912"), ("max-connections", "100001", "1 to 100000"),
+    )),
+    *((line, f"unrecognized arguments: {line}") for line in ("--prot 1", "--verb", "start")),
+    ("--quiet --verbose", "argument --verbose: not allowed with argument --quiet"),
+    ("--api-keys nowhere.json", "nowhere.json: .*No such file.*"), ("--api-keys .", r"\.: .*Is a directory.*"),
+    ("--api-keys fixtures/track.json", "fixtures/track.json: it is not a JSON array"),
+    ("--tls-cert nowhere.pem", "nowhere.pem, certs/localhost-key.pem: .*; `make certs` makes a self-signed pair"),
+    ("--tls-key fixtures/keys.json", "certs/localhost.pem, fixtures/keys.json: .*(?<!pair)"),
+    ("--tls-cert README.md", "README.md, certs/localhost-key.pem: .*(?<!pair)"),
+    ("--database README.md", "README.md: this is not a database of calls"), ("--database .", r"\.: .*directory.*"),
+    ("--database nowhere/calls.db", "nowhere/calls.db: unable to open database file"),
+    ("--destination json", "destination json: TypeError: .*"),
+    ("--destination nowhere:Nothing", "destination nowhere:Nothing: ModuleNotFoundError: .*"),
+    ("--destination json:JSONDecoder", "destination .*: TypeError: this is no subclass of receiver.Destination"),
+    ("--bind 0.0.0.0", f"fixtures/keys.json holds a demo key, which everybody knows: {PUBLIC}"),
+    ("--calls track", ALONE), ("--expires 2999-01-01", ALONE),
+    ("--add-key A --calls tarck", f"fixtures/keys.json: entry 4: calls is not an array of {', '.join(receiver.CALLS)}"),
+    ("--add-key A --expires soon", "fixtures/keys.json: entry 4: expires is not an ISO 8601 time"),
+    ("--add-key=", "fixtures/keys.json: entry 4: customer is not a name"),
+    ("--add-key A --api-keys README.md", "README.md: Expecting value.*"),
+    ("--add-key A --api-keys nowhere/k.json", "nowhere/k.json: .*No such file.*"),
+])  # fmt: skip
 def test_every_mistake_is_one_line_on_standard_error_and_exit_2(tmp_path: Path, line: str, says: str) -> None:
     usual, before = ["--port=0", f"--database={tmp_path / 'calls.db'}"], (FIXTURES / "keys.json").read_bytes()
     done = command(*RECEIVER, *([] if line.startswith("--add-key") else usual), *line.split())
-    assert (done.returncode, done.stdout) == (2, "") and re.fullmatch(r"receiver\.py: .+\n", done.stderr), done
-    assert re.search(says, done.stderr) and (FIXTURES / "keys.json").read_bytes() == before, done
+    assert (done.returncode, done.stdout) == (2, "") and re.fullmatch(rf"receiver\.py: {says}\n", done.stderr), done
+    assert (FIXTURES / "keys.json").read_bytes() == before
 
 
 def add_key(customer: str, *options: object) -> subprocess.CompletedProcess[str]:
