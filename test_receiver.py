@@ -1813,12 +1813,17 @@ class Target(NamedTuple):
 
 
 def target_from(environ: Mapping[str, str]) -> Target:
-    """The endpoint that the variables name. If they do not, the run ends and says what it needs."""
+    """The endpoint that the variables name. If they do not, the run ends and says why."""
     url, key, ca, named = (environ.get(name, "") for name in ("ENDPOINT", "API_KEY", "CA", "CALLS"))
-    calls = tuple(named.split(",")) if named else tuple(OWN_FIELDS)
-    if not (url.startswith("https://") and key and {*calls} <= {*OWN_FIELDS} and Path(ca or __file__).is_file()):
-        needs = "ENDPOINT=https://host/path and API_KEY=key; if given, CA=file.pem and CALLS=identify,track,page,group"
-        pytest.exit(f'Set {needs}: README.md, "Test your own endpoint"', 2)
+    calls = tuple(named.replace(" ", "").split(",")) if named else tuple(OWN_FIELDS)
+    mistakes = {
+        "ENDPOINT is not an address that begins with https://": not url.startswith("https://"),
+        "API_KEY is missing": not key,
+        "CA is not a file": not Path(ca or __file__).is_file(),
+        f"CALLS is not of {', '.join(OWN_FIELDS)}": not {*calls} <= {*OWN_FIELDS},
+    }
+    for mistake in (text for text, made in mistakes.items() if made):
+        pytest.exit(f'{mistake}: README.md, "Test your own endpoint"', 2)
     context = ssl.create_default_context(cafile=ca or None)
     if environ.get("INSECURE"):
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -2135,7 +2140,11 @@ def test_at_the_endpoint(check: Check, request: pytest.FixtureRequest) -> None:
     """At the endpoint that the variables name, which is not failed for what is only wise, or at our own, which is."""
     others = request.config.getoption("markexpr") == "conformance"
     if not FINDINGS and others:
-        FINDINGS.update(judge_all(target_from(os.environ)))
+        target = target_from(os.environ)
+        first = send(target)
+        if first.status in (0, 401):  # then nothing else can be learned
+            pytest.exit(f"{target} {'refuses API_KEY' if first.status else 'does not answer'}:{first.report}", 2)
+        FINDINGS.update(judge_all(target))
     elif not FINDINGS:
         running = request.getfixturevalue("running")
         keys = {"api": "segment", "limited": "segment-identify-only", "expired": "segment-expired"}
@@ -2220,18 +2229,25 @@ def test_a_fault_breaks_the_sentence_that_names_it_and_no_other(sentence: str, f
     assert not [key for key in FAULTY_KEYS.values() if key in told or basic(key).split()[1] in told]
 
 
-@pytest.mark.parametrize(("faults", "status", "line"), [
-    ({"header is missing": 200, ": basic": 401}, 1, r"\n48 kept, 2 broken, 0 not checked\n"),
-    ({": basic": 401}, 0, r"\n> Authorization: basic \*\*\*\n(.*\n)+\n49 kept, 1 broken, 0 not checked\n"),
-    (None, 2, "Set ENDPOINT=https://host/path and API_KEY=key"),
+@pytest.mark.parametrize(("faults", "named", "status", "line"), [
+    ({"header is missing": 200, ": basic": 401}, {}, 1, r"\n48 kept, 2 broken, 0 not checked\n"),
+    ({": basic": 401}, {}, 0, r"\n> Authorization: basic \*\*\*\n(.*\n)+\n49 kept, 1 broken, 0 not checked\n"),
+    ({}, {"CALLS": "identify, page", "LIMITED_KEY": ""}, 0, r"\nNot checked: .*: no LIMITED_KEY was given\n"),
+    ({}, {"ENDPOINT": "http://localhost/"}, 2, "ENDPOINT is not an address that begins with https://: README.md"),
+    ({}, {"API_KEY": ""}, 2, "API_KEY is missing: "), ({}, {"CA": "nowhere.pem"}, 2, "CA is not a file: "),
+    ({}, {"CALLS": "track,juggle"}, 2, "CALLS is not of identify, track, page, group: "),
+    ({}, {"API_KEY": "another"}, 2, r"https://\S+ refuses API_KEY:\n(.*\n)+.*< HTTP/1.1 401"),
+    ({}, {"CA": ""}, 2, r"https://\S+ does not answer:\n(.*\n)+.*< No reply: .*CERTIFICATE_VERIFY_FAILED"),
 ])  # fmt: skip
-def test_only_a_must_that_is_broken_fails_the_run(faults: dict[str, Any] | None, status: int, line: str) -> None:
-    """The SHOULD are in the report all the same, and a run without an endpoint says what it needs."""
-    with serve_with(faults or {}) as server:
-        named = {f"{name.upper()}_KEY": key for name, key in FAULTY_KEYS.items()}
-        named |= {"CA": str(CERT), "ENDPOINT": server.url if faults else ""}
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "conformance", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(command, env={**os.environ, **named}, capture_output=True, text=True, timeout=60)
+def test_only_a_must_that_is_broken_fails_the_run_and_a_mistake_in_a_variable_ends_it(
+    faults: dict[str, Any], named: dict[str, str], status: int, line: str
+) -> None:
+    """The SHOULD are in the report all the same."""
+    with serve_with(faults) as server:
+        usual = {f"{name.upper()}_KEY": key for name, key in FAULTY_KEYS.items()}
+        usual |= {"CA": str(CERT), "ENDPOINT": server.url}
+        pytest_run = (sys.executable, "-m", "pytest", "-q", "-m", "conformance", "-p", "no:cacheprovider", __file__)
+        done = command(*pytest_run, env={**os.environ, **usual, **named})
     assert done.returncode == status and re.search(line, done.stdout.replace("  > ", "> ")), done.stdout
     assert not any(key in done.stdout + done.stderr for key in FAULTY_KEYS.values())
 
