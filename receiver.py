@@ -64,6 +64,7 @@ from http.server import BaseHTTPRequestHandler
 from itertools import accumulate
 from pathlib import Path
 from socketserver import ThreadingTCPServer
+from traceback import format_exception
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn, TextIO
 
@@ -109,11 +110,11 @@ class Refusal(Exception):  # noqa: N818 - the protocol's own word
         if not 400 <= status <= 599:
             raise ValueError(f"a refusal's status is from 400 to 599, not {status}")
         super().__init__(status, message)
-        self.status, self.message = int(status), message
+        self.status, self.message = status, message
 
     def reply(self) -> Reply:
         """The reply that says so."""
-        return Reply(self.status, {"message": str(self.message)}, ALSO.get(self.status, {}))
+        return Reply(int(self.status), {"message": str(self.message)}, ALSO.get(self.status, {}))
 
 
 def require(condition: object, status: int, message: str, culprit: object = None) -> None:
@@ -412,12 +413,12 @@ class Destination:
         """Called once, after the last call."""
 
 
-def dispatch(handler: Callable[..., Any], call: Call) -> Reply:
-    """What the handler answers (rung 11): 200 for nothing, or 200 or 202. TypeError if it is something else."""
+def dispatch(handler: Callable[..., Any], call: Call) -> int:
+    """The status that the handler answers (rung 11): 200 for nothing, or 200 or 202. TypeError if it is another."""
     outcome = handler(*[getattr(call, field) for field in CALLS[call.type]], call)
     if outcome not in (None, 200, 202):
         raise TypeError(f"{handler} returned {outcome!r}, which is not None, 200 or 202")
-    return Reply(int(outcome or 200), customer=call.customer, raw=call.raw, duplicate=call.duplicate)
+    return int(outcome or 200)
 
 
 # ---- The ladder ------------------------------------------------------------------------------------------------------
@@ -484,7 +485,8 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
             raise Refusal(501, f"Calls of type {quoted(kind)} are not supported")
         require(key.calls is None or kind in key.calls, 403, "This API key may not send calls of type %s", kind)  # 9
         call = make_call(raw, customer, settings, now)  # rung 10: 400
-        return dispatch(handler, call)  # rung 11: 200, 202, or what the destination refuses
+        status = dispatch(handler, call)  # rung 11: 200, 202, or what the destination refuses
+        return Reply(status, customer=customer, raw=raw, duplicate=call.duplicate)
     except Refusal as refusal:
         return refusal.reply()._replace(customer=customer, raw=raw)
     except BaseException as error:  # a fault of ours, whatever it is, of which the outside learns nothing
@@ -941,6 +943,7 @@ class Receiver:
         """ConfigurationError if what the options name cannot be used."""
         log.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
         self.options, self.seen = options, look(options.api_keys, *CHANGES)
+        self.changing = threading.Lock()  # held by who puts another endpoint in place of the one in force
         # Where lines about requests go, which the server flushes; without it they are log records, each of which costs
         # half of a request.
         self.lines: TextIO | None = None
@@ -963,18 +966,19 @@ class Receiver:
 
     def reload_keys(self, always: bool = False) -> None:
         """Read the keys again if the file has changed; if that fails those that are in force stay."""
-        seen, self.seen = self.seen, look(self.options.api_keys, *CHANGES)
-        if seen == self.seen and not always:
-            return
-        try:
-            self.endpoint = self.endpoint._replace(keys=self.read_keys())
-            log.warning("%d keys read from %s", len(self.endpoint.keys), self.options.api_keys)
-        except ConfigurationError as error:
-            unread = isinstance(error.__cause__, OSError)  # as when file descriptors have run out
-            if seen or always or not unread:  # once
-                log.error("The keys stay as they were: %s", error)
-            if unread:
-                self.seen = []  # to try again soon: a key that was taken out must not stay valid
+        with self.changing:
+            seen, self.seen = self.seen, look(self.options.api_keys, *CHANGES)
+            if seen == self.seen and not always:
+                return
+            try:
+                self.endpoint = self.endpoint._replace(keys=self.read_keys())
+                log.warning("%d keys read from %s", len(self.endpoint.keys), self.options.api_keys)
+            except ConfigurationError as error:
+                unread = isinstance(error.__cause__, OSError)  # as when file descriptors have run out
+                if seen or always or not unread:  # once
+                    log.error("The keys stay as they were: %s", error)
+                if unread:
+                    self.seen = []  # to try again soon: a key that was taken out must not stay valid
 
     def reply(self, read_request: Callable[[], Request]) -> Reply:
         """The reply to a request that is still to be read; it is then a line in the log."""
@@ -996,17 +1000,22 @@ class Receiver:
         text = f"{reply.status} {about}{' duplicate' if reply.duplicate else ''} {took:.1f} ms"
         if why:
             text += f" {why if why.isprintable() else quoted(why)}"
-        if self.lines and not reply.error:
+        if reply.error:  # indented and escaped, as its message may quote what came from outside
+            trace = "".join(format_exception(reply.error)).splitlines()
+            text += "".join(f"\n    {line if line.isprintable() else repr(line)}" for line in trace)
+        if self.lines:
             with suppress(OSError):  # a log that is full stops nothing
                 self.lines.write(f"{utc_now()} {text}\n")
         else:
-            log.log(logging.INFO if reply.status < 400 else logging.WARNING, "%s", text, exc_info=reply.error)
+            log.log(logging.INFO if reply.status < 400 else logging.WARNING, "%s", text)
         if raw and self.options.verbose:
-            log.debug("{\n%s\n}", ",\n".join(f"    {json.dumps(name)}: {json.dumps(raw[name])}" for name in raw))
+            members = (f"    {json.dumps(name)}: {json.dumps(value, default=repr)}" for name, value in raw.items())
+            log.debug("{\n%s\n}", ",\n".join(members))
 
     def toggle_maintenance(self) -> None:
         """Stop taking calls, or take them again."""
-        self.endpoint = self.endpoint._replace(maintenance=not self.endpoint.maintenance)
+        with self.changing:
+            self.endpoint = self.endpoint._replace(maintenance=not self.endpoint.maintenance)
         log.warning("Maintenance is %s", "on" if self.endpoint.maintenance else "off")
 
 
@@ -1163,8 +1172,8 @@ def parse_environ(environ: dict[str, Any]) -> Request:
         require(len(body) == length, 400, "The body ended early")
         return body
 
-    target = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
-    return Request(environ["REQUEST_METHOD"], target, headers, length, read)
+    path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")  # decoded: a ? in it was %3F
+    return Request(environ["REQUEST_METHOD"], path.replace("?", "%3F"), headers, length, read)
 
 
 def load_destination(name: str) -> Destination:

@@ -43,7 +43,7 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 import requests
@@ -1212,7 +1212,7 @@ def test_no_api_key_is_found_in_keys_file_log_or_reply(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("outcome", "status"), [
-    (GeneratorExit("x"), 500), (SystemExit(1), 500), (receiver.Refusal(400, FORGED), 400),
+    (GeneratorExit("x"), 500), (SystemExit(1), 500), (ValueError(FORGED), 500), (receiver.Refusal(400, FORGED), 400),
     (receiver.Refusal(400, "x" * 1_000_000), 400),
 ])  # fmt: skip
 def test_whatever_a_destination_raises_is_answered_and_a_line_in_the_log_and_forges_none(
@@ -1223,6 +1223,17 @@ def test_whatever_a_destination_raises_is_answered_and_a_line_in_the_log_and_for
         assert reply.status == status and "forged" not in reply.headers and (status == 400 or b"x" not in reply.body)
     assert re.search(rf"^WARNING .* {status} track demo .* 'Signed Up' ", caplog.text, re.M)
     assert not re.search("^Forged|\x1b|.{2000}", caplog.text, re.M)
+
+
+def test_a_destination_may_change_what_it_was_given(caplog: pytest.LogCaptureFixture) -> None:
+    def spoil() -> None:
+        call = keeper.calls[-1][-1]
+        call.raw["_id"], call.raw, call.customer = object(), None, None
+
+    keeper = Recorder(spoil)
+    with receiver.serve(keeper, port=0, verbose=True) as server:
+        assert post(server).status_code == 200
+    assert re.search(r"200 track demo u1 'Signed Up' ", caplog.text) and '\n    "_id": "<object' in caplog.text
 
 
 def test_a_call_whose_client_did_not_wait_for_the_reply_is_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -1326,6 +1337,20 @@ def test_maintenance_is_503_with_retry_after_and_sigusr1_toggles_it(tmp_path: Pa
             assert post(process).status_code == status
         assert post(process, url=process.url + "health").status_code == 405
         assert requests.get(process.url + "health", verify=process.tls_cert, timeout=9).status_code == 503
+
+
+def test_maintenance_is_not_undone_by_keys_that_are_read_at_that_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with receiver.serve(Recorder(), port=0) as server, ThreadPoolExecutor(1) as pool:
+        toggled, read_keys = list[Any](), server.receiver.read_keys
+
+        def read_slowly() -> dict[str, receiver.Key]:
+            toggled.append(pool.submit(server.receiver.toggle_maintenance))
+            wait(toggled, 0.2)
+            return read_keys()
+
+        monkeypatch.setattr(server.receiver, "read_keys", read_slowly)
+        server.reload()
+        assert toggled[0].result() is None and server.receiver.endpoint.maintenance
 
 
 # ---- All connections -------------------------------------------------------------------------------------------------
@@ -1628,7 +1653,9 @@ def test_serve_names_an_option_that_cannot_be_used(tmp_path: Path) -> None:
 
 def wsgi_answer(application: Any, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
     """What a WSGI callable answers, under wsgiref's validator."""
-    environ: dict[str, Any] = {"REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": path, "QUERY_STRING": ""}
+    path, _, query = path.partition("?")
+    environ: dict[str, Any] = {"REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": unquote(path)}
+    environ["QUERY_STRING"] = query
     for name, value in headers.items():
         own = name.lower() in ("content-type", "content-length")
         environ["HTTP_" * (not own) + name.upper().replace("-", "_")] = value
