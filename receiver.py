@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import fcntl
 import hashlib
 import ipaddress
 import json
@@ -957,7 +958,7 @@ class Receiver:
         path, bind = self.options.api_keys, self.options.bind
         try:
             keys = parse_keys(Path(path).read_text("utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+        except Exception as error:  # whatever it is: the thread that accepts connections must not end of it
             raise ConfigurationError(f"{path}: {error}") from error
         if DEMO_KEYS & keys.keys() and not bind.is_loopback:
             how = "make keys of your own with --add-key CUSTOMER --api-keys FILE"
@@ -1143,7 +1144,8 @@ def serve(destination: Destination | None = None, **options: Any) -> Server:
 def wsgi(destination: Destination | None = None, **options: Any) -> Callable[..., Iterable[bytes]]:
     """A WSGI callable (PEP 3333) that gives the same answers; the options are those that do not concern connections.
 
-    The grammar of the head, TLS and timeouts are the business of the WSGI server. ConfigurationError as in serve().
+    The grammar of the head, TLS and timeouts are the business of the WSGI server. Make it in the process that serves,
+    as no Store survives a fork. ConfigurationError as in serve().
     """
     receiver = Receiver(destination, parse_options(options))
 
@@ -1311,6 +1313,8 @@ def add_key(options: argparse.Namespace) -> None:
     entry = {"customer": options.add_key, "sha256": hashlib.sha256(api_key.encode()).hexdigest()}
     entry |= {name: value for name in ("calls", "expires") if (value := getattr(options, name)) is not None}
     try:
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        fcntl.flock(folder, fcntl.LOCK_EX)  # until this process ends, so that of two at once none undoes the other
         entries = [*(json.loads(Path(path).read_text("utf-8")) if os.path.exists(path) else []), entry]
         parse_keys(json.dumps(entries))
         with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(path), delete=False) as file:  # its mode is 0600
@@ -1318,6 +1322,7 @@ def add_key(options: argparse.Namespace) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(file.name, path)
+        os.fsync(folder)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigurationError(f"{options.api_keys}: {error}") from None
     print(api_key)

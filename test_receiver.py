@@ -11,6 +11,7 @@ import ast
 import base64
 import builtins
 import contextlib
+import fcntl
 import functools
 import hashlib
 import http.client
@@ -1794,6 +1795,17 @@ def test_add_key_prints_a_random_key_once_and_writes_its_entry_with_mode_0600(tm
     assert two == {"customer": "Limited", "sha256": digest(limited), **more}
     status = keys.stat()  # replaced in one step, with nothing left beside it
     assert status.st_mode & 0o777 == 0o600 and status.st_ino != inode and [*keys.parent.iterdir()] == [keys]
+
+
+def test_keys_that_are_added_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
+    keys, folder = tmp_path / "keys.json", os.open(tmp_path, os.O_RDONLY)
+    with ThreadPoolExecutor(4) as pool:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        added = [pool.submit(add_key, f"c{number}", "--api-keys", keys) for number in range(4)]
+        assert not wait(added, 1).done and not keys.exists()  # each waits for its turn
+        os.close(folder)
+        digests = {digest(done.result().stdout.strip()) for done in added}
+    assert receiver.parse_keys(keys.read_text()).keys() == digests and len(digests) == 4
 
 
 # ======================================================================================================================
