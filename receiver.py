@@ -265,7 +265,7 @@ def depth(text: str) -> int:
 
 
 def parse_settings(encoded: str | None) -> dict[str, Any]:
-    """The customer's other settings in X-Segment-Settings: base64 of a JSON object (rung 7)."""
+    """What the customer has set besides the API key, in X-Segment-Settings: base64 of a JSON object (rung 7)."""
     try:
         return {} if encoded is None else parse_object(base64.b64decode(encoded, validate=True), "X-Segment-Settings")
     except ValueError:
