@@ -137,7 +137,8 @@ def ask(
     named |= {name.replace("_", "-"): value for name, value in headers.items()}  # type: ignore[misc]
     sent = {name: value for name, value in named.items() if value is not None}
     length = receiver.parse_length(sent.get("content-length"))
-    endpoint = receiver.Endpoint(destination or Recorder(), keys, maintenance=maintenance)
+    endpoint = receiver.Endpoint(destination or Recorder(), keys)
+    endpoint = endpoint._replace(maintenance=True) if maintenance else endpoint
     return receiver.answer(receiver.Request(method, target, sent, length, lambda: data), endpoint, lambda: NOW)
 
 
@@ -419,10 +420,10 @@ def key_of(customer: str, key: str = "segment", expires: str | None = None) -> d
 
 
 class Own(receiver.Refusal):
-    """A refusal that forgets what it was made from."""
+    """A refusal of its own kind, which sets what it is given and no more."""
 
-    def __init__(self) -> None:
-        self.message = {1}  # type: ignore[assignment]
+    def __init__(self, **given: Any) -> None:
+        self.__dict__.update(given)
 
 
 LOGIN = {"WWW-Authenticate": 'Basic realm="Segment calls", charset="UTF-8"'}
@@ -456,7 +457,7 @@ QUOTED = {"x" * 78: "'" + "x" * 78 + "'", "x" * 79: "'" + "x" * 78 + "…", "\x1
     ("401 with WWW-Authenticate: Basic", {"authorization": None},
      (401, {"message": "The Authorization header is missing"}, LOGIN, "")),
     *(("basic in any case is the same, and a key may be any text",
-       {"keys": key_of("Küche", "schlüssel 1"), "authorization": scheme + basic("schlüssel 1").removeprefix("Basic")},
+       {"keys": key_of("Küche", "_schlüssel"), "authorization": scheme + basic("_schlüssel").removeprefix("Basic")},
        (200, {}, {}, "Küche")) for scheme in ("Basic", "basic", "BASIC", "Basic ")),
     ("a key has expired at the moment it says", {"keys": key_of("demo", expires=NOW)}, (401, EXPIRED)),
     ("and after it", {"keys": key_of("demo", expires=SOONER)}, (401, EXPIRED)),
@@ -474,7 +475,9 @@ QUOTED = {"x" * 78: "'" + "x" * 78 + "'", "x" * 79: "'" + "x" * 78 + "…", "\x1
     *(("a method returns nothing for 200, or 202", {"destination": Recorder(outcome)}, (outcome or 200, {}))
       for outcome in (None, 200, 202)),
     ("raises Refusal to refuse", {"destination": Recorder(receiver.Refusal(422, "No"))}, (422, {"message": "No"})),
-    ("or one of its own, which knows only what it set", {"destination": Recorder(Own())}, (500, {"message": "{1}"})),
+    *(("or one of its own, which knows only what it set", {"destination": Recorder(Own(**given))}, reply)
+      for given, reply in (({}, (500, {"message": "Internal error"})), ({"status": "422"}, (422,)),
+                           ({"message": {1}}, (500, {"message": "{1}"})))),
     ("a status is a whole number", {"destination": Recorder(200.0)}, (200, {})),
     *(("anything else is 500", {"destination": Recorder(outcome)}, (500, {"message": "Internal error"}))
       for outcome in (OSError(), "x", 404, False, 201)),
@@ -515,7 +518,7 @@ def test_the_whole_of_json_is_read(text: str, value: object) -> None:
 
 
 @pytest.mark.parametrize("text", [
-    "", "{", "{} {}", "{'a': 1}", '{"a": 1,}', '{"a": 01}', '{"a": .5}', '{"a": +1}', '{"a": 0x1}', '{"a": NaN}',
+    "", "{", "{} {}", "{}X", "{'a': 1}", '{"a": 1,}', '{"a": 01}', '{"a": .5}', '{"a": +1}', '{"a": 0x1}', '{"a": NaN}',
     '{"a": -Infinity}', '{"a": Infinity}', '{"a": 1e400}', '{"a": -1e400}', '{"a": ' + "9" * 309 + "}",
     '{"a": ' + "9" * 5000 + "}", '{"a": "\t"}', r'{"a": "\ud800"}', r'{"\udc00": 1}', r'{"a": "\x41"}', "\ufeff{}",
     "\u00a0{}", "[]", '"a"', "1", "null", "true", "// no\n{}", f'{{"b": [], "a": [{ARRAYS}]}}', f'{{"a": [{OBJECTS}]}}',
