@@ -3,27 +3,29 @@
 """A receiver for Segment's Direct destination protocol, in one file of standard library Python.
 
 Segment collects what its customers' users do, as calls (identify, track, page, group), and forwards each to an endpoint
-of yours in an HTTPS request, keys in snake_case, though for some customers in another casing:
+of yours in an HTTPS request, its keys in snake_case, though for some customers in another casing:
 
     POST / HTTP/1.1
-    Authorization: Basic c2VnbWVudDo=        the API key you gave the customer ("segment"), a colon, no password
+    Host: segment.example.com
+    Authorization: Basic c2VnbWVudDo=
     Content-Type: application/json
     Content-Length: 76
 
     {"type": "track", "user_id": "u1", "event": "Signed Up", "message_id": "m1"}
 
-Segment acts on the status that you answer within about 5 seconds. 200 (done) and 202 (will be done), with an empty
-body: delivered, and forgotten there. 408, 429 and every 5xx but 501 and 505: sent again, for about four hours. 501 (a
-type that is not supported) and every other 4xx, as 400 (malformed), 401 (key) and 403 (permissions): dropped for good,
+The credentials are the API key that you gave the customer, a colon, and no password: here `segment:`. Segment acts on
+the status of your answer. 200 (done) and 202 (will be done), with an empty body: delivered, and forgotten there. 408,
+429, every 5xx but 501 and 505, and no answer within about 5 seconds: sent again, for about four hours. 501 (a type that
+is not supported), 505, and all other 4xx, such as 400 (malformed), 401 (key) and 403 (permissions): dropped for good,
 and `{"message": "why"}` in the reply's body, if typed application/json, is shown to the customer. So the same call may
-come twice, calls come in any order, and a call that was answered 200 must never be lost.
+come twice, calls come in any order, and a call that was answered 200 or 202 must never be lost.
 
 Start it with `make run`, or use it from Python:
 
     class Contacts(receiver.Destination):
         def identify(self, user_id, traits, call):
             if "email" not in traits:
-                raise receiver.Refusal(400, "Missing email address")
+                raise receiver.Refusal(400, "Missing email address")    # other types of call are answered 501
 
     with receiver.serve(Contacts(), port=0) as server:    # a real HTTPS endpoint, in a thread
         requests.post(server.url, json=..., auth=("segment", ""), verify=server.tls_cert)
@@ -102,10 +104,10 @@ class Refusal(Exception):  # noqa: N818 - the protocol's own word
     """A request is not accepted: the status to answer, 400 to 599, and the message that the customer will read.
 
     The status alone decides whether the sender drops the call or sends it again. So a fault of ours that will pass is
-    never a 4xx, which would lose the call, and a call that can never succeed is never a 5xx but 501.
+    never a 4xx that loses the call, and a call that can never succeed is never a 5xx but 501.
     """
 
-    status, message = 500, "Internal error"  # of a subclass that says nothing else
+    status, message = 500, "Internal error"  # of a subclass whose __init__ sets nothing else
 
     def __init__(self, status: int, message: str) -> None:
         if not 400 <= status <= 599:
@@ -125,7 +127,7 @@ def require(condition: object, status: int, message: str, culprit: object = None
 
 
 def quoted(value: object) -> str:
-    """Something from outside, so that it can neither flood nor forge what it is put into."""
+    """Show something from outside so that it can neither flood nor forge what it is put into."""
     text = repr(value)
     return text if len(text) <= 80 else text[:79] + "…"
 
@@ -203,7 +205,9 @@ def snake_case(key: str) -> str:
     words = ""
     for before, letter, after in zip(" " + key, key, key[1:] + " ", strict=False):
         starts = before.islower() or before.isdigit() or (before.isupper() and after.islower())
-        words += "_" if letter in " -" else "_" + letter if letter.isupper() and starts else letter
+        if letter in " -" or (letter.isupper() and starts):
+            words += "_"
+        words += letter.strip(" -")
     return words.lower()
 
 
@@ -239,7 +243,7 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
     """A JSON object in UTF-8, RFC 8259 and no more, with every key at every depth in snake_case (rung 7).
 
     Of two keys alike the last counts. A number without a fraction and an exponent is whole, and exact; any other is a
-    double. No byte-order mark is skipped, and no half of a surrogate pair is taken.
+    double. A byte-order mark is refused, and so is half of a surrogate pair.
     """
     try:
         text = data.decode().strip(" \t\r\n")  # RFC 8259 §2
@@ -274,7 +278,7 @@ def parse_settings(encoded: str | None) -> dict[str, Any]:
 
 # ---- What they sent: the call ----------------------------------------------------------------------------------------
 
-# The types of call, and what the handler of each is given: the four of the protocol's first page, then later ones.
+# The types of call, and what the handler of each is given: the original four, then later ones.
 CALLS: dict[str, tuple[str, ...]] = {
     "identify": ("user_id", "traits"),  # who is this?
     "track": ("user_id", "event", "properties"),  # what are they doing?
@@ -284,7 +288,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "screen": ("user_id", "name", "properties"),  # where in an app are they doing it?
     "alias": ("user_id", "previous_id"),  # who were they before?
 }
-NEEDED = {"track": "event", "group": "group_id", "delete": "user_id", "alias": "previous_id"}  # besides some id
+NEEDED = {"track": "event", "group": "group_id", "delete": "user_id", "alias": "previous_id"}  # beside an id of a user
 
 
 def an_id(value: Any) -> str | None:
@@ -313,14 +317,14 @@ def an_object(value: Any) -> dict[str, Any]:
 DATE, HOUR = r"\d{4}(-\d\d-\d\d|\d{4}|-W\d\d-\d|W\d{3})", r"([01]\d|2[0-3])"
 TIME, ZONE = rf"{HOUR}(:?[0-5]\d(:?[0-5]\d([.,]\d+)?)?)?", rf"(Z|[+-]{HOUR}(:?[0-5]\d)?)"
 ISO_8601 = re.compile(f"{DATE}([T ]{TIME}{ZONE}?)?", re.A)  # Python alone would take more, and more with each version
-UTC_TEXT = re.compile(r"\d{4}-\d\d-\d\dT[0-2]\d:[0-5]\d:[0-5]\d\.\d{3}Z", re.A)  # as it usually comes, which is quicker
+UTC_TEXT = re.compile(rf"\d{{4}}-\d\d-\d\dT{HOUR}:[0-5]\d:[0-5]\d\.\d{{3}}Z", re.A)  # the usual one, and quicker
 
 
 def utc(value: Any) -> str:
     """An ISO 8601 time in UTC, cut to milliseconds, with Z: as text it sorts by time. One without a zone is in UTC.
 
-    It is a day of the calendar, or of a week, in the years 1 to 9999, alone or with a time; its separators are all
-    there or all left out. ValueError if it is something else.
+    It is a day of the calendar, or of a week, in the years 1 to 9999, alone or with a time; each of the two has all its
+    separators or none. ValueError if it is something else.
     """
     try:
         if UTC_TEXT.fullmatch(value) and datetime.fromisoformat(value):
@@ -332,7 +336,7 @@ def utc(value: Any) -> str:
         raise ValueError("not an ISO 8601 time") from None
 
 
-# The fields of a call, who has them, and what is made of each that is there, whoever sends it; None: as it came.
+# The fields of a call, and what is made of each, in whichever type of call it is there; None: it stays as it came.
 FIELDS: dict[str, Callable[[Any], Any] | None] = {
     "type": None,
     "user_id": an_id,  # the customer's id of the user
@@ -348,11 +352,11 @@ FIELDS: dict[str, Callable[[Any], Any] | None] = {
     "timestamp": utc,  # when it happened: the time to order by
     "sent_at": utc,  # when it left the client
     "original_timestamp": None,  # what the client's clock said when it happened
-    "received_at": None,  # when Segment got it
+    "received_at": None,  # when Segment got it (that of the database is when we did)
     "integrations": None,  # which other destinations got it
     "version": None,  # of the Spec
 }
-# But these only in the types of call that have them in their row: a stray name refuses no track call.
+# But these are looked at only in the types of call that have them in their row: a stray name refuses no track call.
 OF_SOME = {"event", "name", "group_id", "previous_id"}
 CHECKS = {
     kind: {field: check for field, check in FIELDS.items() if field in row or field not in OF_SOME}
@@ -362,7 +366,7 @@ ABSENT = dict.fromkeys(FIELDS)
 
 
 class Call(SimpleNamespace):
-    """One call, checked: every one of FIELDS is an attribute; absent, null, or OF_SOME other type of call it is None.
+    """One call, checked. Every one of FIELDS is an attribute, None if it is absent, null or of other types of call.
 
     But `traits`, `properties` and `context` are {} if absent or null. `customer` is whose key it came with, `settings`
     is what X-Segment-Settings says, and `raw` the whole object in snake_case.
@@ -403,11 +407,11 @@ def make_call(raw: dict[str, Any], customer: str, settings: dict[str, Any], now:
 
 
 class Destination:
-    """Where calls go. A subclass supports the types of call that it has methods for, named and called as CALLS says.
+    """Where calls go. A subclass supports the types of call that it has methods for, the handlers.
 
-    Each gets the whole call as its last argument: `identify(user_id, traits, call)`. It returns nothing for 200, or
-    HTTPStatus.ACCEPTED for 202; it raises Refusal to refuse; any other exception is a 500. Threads call it at the same
-    time.
+    Each gets the fields of its row in CALLS and then the whole call: `identify(user_id, traits, call)`. It returns
+    nothing for 200, or HTTPStatus.ACCEPTED for 202; it raises Refusal to refuse; any other exception is a 500. Threads
+    call it at the same time.
     """
 
     def close(self) -> None:
@@ -454,8 +458,9 @@ class Endpoint(NamedTuple):
 def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
     """The protocol: the reply to a request. Every rung of this ladder refuses the request or passes it on.
 
-    Their order decides which reply a request with two faults gets; whoever shows no key learns nothing about bodies. A
-    header that is there and empty is not absent.
+    Their order decides which reply a request with two faults gets. Whoever shows no key learns nothing about bodies,
+    and what nobody supports (501) is told before what this key may not send (403). To be empty is not to be absent: an
+    empty Content-Type, Content-Encoding, X-Segment-Settings or type is refused as another one is.
     """
     method, headers, customer, raw = request.method, request.headers, "", dict[str, Any]()
     try:
@@ -469,7 +474,7 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
             return Reply(200, {"status": "ok"})
         key = authenticate(headers.get("authorization", ""), endpoint.keys, now)  # rung 5: 401
         customer = key.customer
-        if request.length is None:  # rung 6
+        if request.length is None:  # rung 6; a chunked body comes without it
             raise Refusal(411, "The Content-Length header is missing")
         require(request.length <= endpoint.max_body, 413, "The body is longer than %s bytes", endpoint.max_body)
         media = headers.get("content-type", "application/json")
@@ -501,16 +506,20 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
 # that table: so nothing is lost, and in which order calls arrive never matters.
 # ======================================================================================================================
 
-# The traits of one user or account o: each from the newest call c that sets it, be it to null, and of equals from the
-# last received. `->` gives a trait's own JSON, exact to the last digit, but not if its name has a quotation mark.
+# The traits of one user or account o: each from the newest of their calls c that sets it, be it to null, and of equals
+# from the last received. `->` gives a trait's own JSON, exact to the last digit, but not if its name has a quotation
+# mark. (Traits that are null as a whole have a row without a key.)
 TRAITS = """(select json_group_object(trait, json(value)) from (
         select t.key as trait, row_number() over (partition by t.key order by c.timestamp desc, c.rowid desc) as age,
             coalesce(c.call -> t.fullkey, case when t.type in ('object', 'array') then t.value
                 when t.type in ('true', 'false', 'null') then t.type else json_quote(t.value) end) as value
-        from calls c, json_each(c.call, '$.traits') t where c.customer = o.customer and {theirs}) where age = 1)"""
-GROUP_ID = "cast(json_extract(call, '$.group_id') as text)"
-COMMON = "customer, message_id, user_id, anonymous_id, timestamp, received_at, call -> '$.context' as context"
-OWN_TRAITS, PROPERTIES = (f"coalesce(call -> '$.{name}', '{{}}') as {name}" for name in ("traits", "properties"))
+        from calls c, json_each(c.call, '$.traits') t
+        where t.key is not null and c.customer = o.customer and {theirs}) where age = 1)"""
+GROUP_ID = "case json_type(call, '$.group_id') when 'integer' then call -> '$.group_id' else call ->> '$.group_id' end"
+CONTEXT, OWN_TRAITS, PROPERTIES = (
+    f"coalesce(nullif(call -> '$.{name}', 'null'), '{{}}') as {name}" for name in ("context", "traits", "properties")
+)
+COMMON = f"customer, message_id, user_id, anonymous_id, timestamp, received_at, {CONTEXT}"
 FIRST_LAST = "min(timestamp) as first_seen, max(timestamp) as last_seen"
 
 APPLICATION_ID, SCHEMA_VERSION = 0x5365676D, 1  # "Segm": in the header of the database files that are ours
@@ -539,6 +548,7 @@ SAVE = """insert into calls values (:customer, :message_id, :type, :user_id, :an
     strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), :call) on conflict (customer, message_id) do nothing"""
 FORGET = "delete from calls where customer = :customer and user_id = :user_id"
 
+SAME_FILE = "st_dev", "st_ino"  # both are the same as long as a path leads to the same file
 # Seconds to wait for a lock that another program has, and for a call to be stored: over twice the first, as the calls
 # before it may wait for the lock too, and less than the 5 that the sender waits.
 LOCK_WAIT, ANSWER_WAIT = 2.0, 4.5
@@ -551,6 +561,9 @@ log = logging.getLogger("receiver")
 
 class ConfigurationError(ValueError):
     """An option, or a file that it names, cannot be used; the message is one line that says which and why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(letter if letter.isprintable() else " " for letter in message))
 
 
 class Store(Destination):
@@ -567,7 +580,7 @@ class Store(Destination):
         except (OSError, sqlite3.Error) as error:
             raise ConfigurationError(f"{path}: {error}") from None
         self._path = os.path.abspath(path)
-        self._inode = look(self._path, "st_ino")
+        self._file = look(self._path, *SAME_FILE)
         self._waiting: queue.SimpleQueue[Change | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, daemon=True)
         self._writer.start()
@@ -609,13 +622,13 @@ class Store(Destination):
         outcomes: list[int | Exception] = []
         try:
             self._db.execute("begin immediate")
-            if look(self._path, "st_ino") != self._inode:  # deleted or replaced: what is written now would be lost
+            if look(self._path, *SAME_FILE) != self._file:  # deleted or replaced: what is written now would be lost
                 raise FileNotFoundError(f"{self._path} is not the file that was opened at the start")
             for statement, values, _ in batch:
                 try:
                     outcomes.append(self._db.execute(statement, values).rowcount)
                 except (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError, ValueError) as error:
-                    outcomes.append(error)  # as of a text that is too large for SQLite
+                    outcomes.append(error)  # of this change alone, as if a text is too large for SQLite
             self._db.execute("commit")
         except Exception as error:  # whatever it is, the next transaction may succeed
             log.error("%d calls could not be stored: %s", len(batch), error)
@@ -644,6 +657,8 @@ def open_database(path: str) -> sqlite3.Connection:
     header = b""
     with suppress(FileNotFoundError), open(path, "rb") as file:
         header = file.read(100)  # by hand, as SQLite would change some files by only opening them
+    if not header and os.path.exists(f"{path}-wal"):  # SQLite would delete it, and the calls that are in it alone
+        raise ConfigurationError(f"{path}-wal is there, but not the {path} that it belongs to: move both, or none")
     if header and (header[:16] != b"SQLite format 3\0" or int.from_bytes(header[68:72]) != APPLICATION_ID):
         raise ConfigurationError(f"{path}: this is not a database of calls")
     if header and int.from_bytes(header[60:64]) != SCHEMA_VERSION:
@@ -903,7 +918,7 @@ def plain(word: object) -> str:
 # ---- An endpoint in service, and its keys file -----------------------------------------------------------------------
 
 DEMO_KEYS = {hashlib.sha256(key).hexdigest() for key in (b"segment", b"segment-expired", b"segment-identify-only")}
-CHANGES = "st_ctime_ns", "st_ino"  # what of a file's status is another whenever its text is
+CHANGES = "st_ctime_ns", "st_ino"  # one of the two is another whenever a file's text is
 
 
 def parse_keys(text: str) -> dict[str, Key]:
@@ -915,7 +930,7 @@ def parse_keys(text: str) -> dict[str, Key]:
         try:
             digest, key = parse_key(**entry)  # Python itself refuses a member that is missing or that nobody knows
         except (TypeError, ValueError) as error:
-            raise ValueError(" ".join(f"entry {number}: {error}".split())) from None  # in one line
+            raise ValueError(f"entry {number}: {error}") from None
         if digest in keys:
             raise ValueError(f"entry {number}: this sha256 was there before")
         keys[digest] = key
@@ -924,7 +939,7 @@ def parse_keys(text: str) -> dict[str, Key]:
 
 def parse_key(customer: str, sha256: str, calls: list[str] | None = None, expires: Any = None) -> tuple[str, Key]:
     """One entry of a keys file. TypeError or ValueError says what is wrong with it."""
-    if not isinstance(customer, str) or not customer:
+    if not (isinstance(customer, str) and customer and customer.isprintable()):
         raise ValueError("customer is not a name")
     if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
         raise ValueError("sha256 is not 64 hexadecimal digits in small letters")
@@ -944,6 +959,7 @@ class Receiver:
         """ConfigurationError if what the options name cannot be used."""
         log.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
         self.options, self.seen = options, look(options.api_keys, *CHANGES)
+        self.trouble = ""  # with the keys file, when it was last read
         self.changing = threading.Lock()  # held by who puts another endpoint in place of the one in force
         # Where lines about requests go, which the server flushes; without it they are log records, each of which costs
         # half of a request.
@@ -959,7 +975,7 @@ class Receiver:
         try:
             keys = parse_keys(Path(path).read_text("utf-8"))
         except Exception as error:  # whatever it is: the thread that accepts connections must not end of it
-            raise ConfigurationError(f"{path}: {error}") from error
+            raise ConfigurationError(f"{path}: {error}") from None
         if DEMO_KEYS & keys.keys() and not bind.is_loopback:
             how = "make keys of your own with --add-key CUSTOMER --api-keys FILE"
             raise ConfigurationError(f"{path} holds a demo key, which everybody knows: to listen on {bind}, {how}")
@@ -973,13 +989,12 @@ class Receiver:
                 return
             try:
                 self.endpoint = self.endpoint._replace(keys=self.read_keys())
+                self.trouble = ""
                 log.warning("%d keys read from %s", len(self.endpoint.keys), self.options.api_keys)
             except ConfigurationError as error:
-                unread = isinstance(error.__cause__, OSError)  # as when file descriptors have run out
-                if seen or always or not unread:  # once
+                if always or str(error) != self.trouble:  # once
                     log.error("The keys stay as they were: %s", error)
-                if unread:
-                    self.seen = []  # to try again soon: a key that was taken out must not stay valid
+                self.trouble, self.seen = str(error), []  # try again soon: a key that was taken out must not stay valid
 
     def reply(self, read_request: Callable[[], Request]) -> Reply:
         """The reply to a request that is still to be read; it is then a line in the log."""
@@ -1279,7 +1294,7 @@ def run(options: argparse.Namespace) -> None:
     logging.Formatter.converter = time.gmtime
     sys.stderr.reconfigure(line_buffering=sys.stderr.isatty())  # type: ignore[union-attr]
     logging.basicConfig(format="%(asctime)s.%(msecs)03dZ %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
-    if hasattr(os, "SCHED_BATCH"):  # a thread that wakes then interrupts none that has Python's lock, to wait for it
+    if hasattr(os, "SCHED_BATCH"):  # so that threads that wake do not interrupt the one that has Python's lock
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     with Server(None, options) as server:
         server.receiver.lines = sys.stderr
