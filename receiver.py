@@ -549,11 +549,11 @@ SAVE = """insert into calls values (:customer, :message_id, :type, :user_id, :an
 FORGET = "delete from calls where customer = :customer and user_id = :user_id"
 
 SAME_FILE = "st_dev", "st_ino"  # both are the same as long as a path leads to the same file
-# Seconds to wait for a lock that another program has, and for a call to be stored: over twice the first, as the calls
-# before it may wait for the lock too, and less than the 5 that the sender waits.
+# Seconds to wait for a lock that another program has, and for a call to be stored. The second is over twice the first,
+# as the calls before it may wait for the lock too, and less than the 5 that the sender waits.
 LOCK_WAIT, ANSWER_WAIT = 2.0, 4.5
 AS_TEXT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-# A statement that waits to be written, its values, and what to tell how many rows it changed, or why none.
+# A statement that waits to be written, its values, and whom to tell how many rows it changed, or which error it was.
 Change = tuple[str, Mapping[str, Any], Callable[[int | Exception], None]]
 
 log = logging.getLogger("receiver")
@@ -610,7 +610,7 @@ class Store(Destination):
     def _write(self) -> None:
         """Write what waits, one transaction after another, until close()."""
         batch: list[Change | None] = []
-        while None not in batch:
+        while None not in batch:  # that is what close() puts
             batch = [self._waiting.get()]
             while not self._waiting.empty():  # this ends: each thread waits for one change at the most
                 batch.append(self._waiting.get())
@@ -684,8 +684,8 @@ def open_database(path: str) -> sqlite3.Connection:
 # ======================================================================================================================
 # 3. The server
 #
-# HTTP/1.1 over TLS, on http.server and ssl, with a thread for each connection, whose socket blocks, which is fastest.
-# No client can take for ever, as each connection has a deadline, and who is past it is hung up on.
+# HTTP/1.1 over TLS, on http.server and ssl, with a thread for each connection. Sockets block, as that is fastest; each
+# connection has a deadline instead, past which the server's own thread hangs up, so that no client takes for ever.
 # ======================================================================================================================
 
 # ---- Rung 1: the head of a request -----------------------------------------------------------------------------------
@@ -740,7 +740,7 @@ def parse_fields(lines: list[str]) -> dict[str, str]:
 @lru_cache(maxsize=64)  # few, as each may be as long as a head
 def parse_field(line: str) -> tuple[str, str] | None:
     """The name, in lower case, and the value in a line of the head; None if it is not that."""
-    parts = FIELD_LINE.fullmatch(line)  # not of the blanks: to try all ways to part them could take minutes
+    parts = FIELD_LINE.fullmatch(line)  # blanks included: to try all ways to leave them out could take minutes
     return parts and (parts[1].lower(), parts[2].strip(" \t"))
 
 
@@ -785,7 +785,7 @@ class Connection(BaseHTTPRequestHandler):
         self.idle_since = math.inf  # since when it waits for a request to begin, if it does
         self.served = self.hung_up = False  # has had a request; the server has hung up
         self.buffer = bytearray()  # what was received and not yet read
-        self.unread, self.expects = 0, False  # bytes of a body, here or still to come; the client waits for 100
+        self.unread, self.expects = 0, False  # bytes of the body still to read; the client wants a "100 Continue"
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.tls = self.server.context.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
         self.server.connections.add(self)
@@ -809,7 +809,7 @@ class Connection(BaseHTTPRequestHandler):
             self.deadline = time.monotonic() + options.timeout
         self.command = ""  # a head that is refused has none
         reply = self.server.receiver.reply(self.read_request)
-        # The connection ends where nobody knows whether a refused body comes, and where it is too long to read past.
+        # The connection ends too where nobody knows whether a refused body comes, and where it is too long to skip.
         if self.server.stopping or self.hung_up or (self.unread and (self.expects or self.unread > options.max_body)):
             self.close_connection = True
         self.deadline = time.monotonic() + options.timeout
@@ -958,7 +958,8 @@ class Receiver:
     def __init__(self, destination: Destination | None, options: argparse.Namespace) -> None:
         """ConfigurationError if what the options name cannot be used."""
         log.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
-        self.options, self.seen = options, look(options.api_keys, *CHANGES)
+        self.options = options
+        self.seen = look(options.api_keys, *CHANGES)  # before it is read, so that no change goes unseen
         self.trouble = ""  # with the keys file, when it was last read
         self.changing = threading.Lock()  # held by who puts another endpoint in place of the one in force
         # Where lines about requests go, which the server flushes; without it they are log records, each of which costs
@@ -1110,7 +1111,7 @@ class Server(ThreadingTCPServer):
             log.error("The certificate stays as it was: %s", error)
 
     def stop(self) -> None:
-        """Accept no more, finish what is in flight, 5 seconds at the most, and close the destination."""
+        """Accept no more, finish what is in flight, in 5 seconds at the most, and then close the destination."""
         self.stopping, end = True, time.monotonic() + ANSWER_WAIT
         self.shutdown()
         self.server_close()
