@@ -286,6 +286,7 @@ class Wire(contextlib.AbstractContextManager["Wire"]):
             headers = {name.lower(): value for name, _, value in (text.partition(": ") for text in lines)}
             length = 0 if head_only or not end else int(headers.get("content-length", 0))
             if end and len(rest) >= length:
+                assert line.startswith("HTTP/1.1 "), line
                 self.buffer = rest[length:]
                 return Answer(int(line.split(" ")[1]), headers, rest[:length])
             if not self.more():
@@ -1187,6 +1188,7 @@ def test_the_log_has_one_line_a_request_with_no_control_character_from_outside(r
         r"400 - - - - \d+\.\d ms Header line 3 is not a name, a colon and a value",
     ), strict=True):  # fmt: skip
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z " + expected, line), line
+        assert abs(datetime.fromisoformat(line[:24]) - datetime.now(UTC)).total_seconds() < 60
 
 
 def test_quiet_logs_no_line_for_what_was_answered_2xx_and_verbose_adds_each_call_indented(tmp_path: Path) -> None:
@@ -1247,6 +1249,7 @@ def test_a_destination_may_change_what_it_was_given(caplog: pytest.LogCaptureFix
     with receiver.serve(keeper, port=0, verbose=True) as server:
         assert post(server).status_code == 200
     assert re.search(r"200 track demo u1 'Signed Up' ", caplog.text) and '\n    "_id": "<object' in caplog.text
+    assert {record.name for record in caplog.records} == {"receiver"}
 
 
 def test_a_call_whose_client_did_not_wait_for_the_reply_is_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
