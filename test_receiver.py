@@ -1169,6 +1169,14 @@ def test_a_client_that_resets_in_the_middle_of_a_body_is_one_line_400_and_no_tra
 FORGED = "x\r\nForged: 1\x1b"
 
 
+@pytest.mark.parametrize(("word", "shown"), [
+    ("u1", "u1"), ("", "-"), (None, "-"), (7, "7"), ("two words", "'two words'"), ("\x1b", r"'\x1b'"), ([], "-"),
+    ("x" * 80, "x" * 80), ("x" * 81, "'" + "x" * 78 + "…"), (["x"], "['x']"),
+])  # fmt: skip
+def test_a_word_of_the_log_is_as_it_came_if_it_is_short_and_forges_nothing(word: Any, shown: str) -> None:
+    assert receiver.plain(word) == shown
+
+
 def test_the_log_has_one_line_a_request_with_no_control_character_from_outside(running: Process) -> None:
     user, before = "log-probe", running.so_far()
     for _ in range(2):
@@ -1238,6 +1246,7 @@ def test_whatever_a_destination_raises_is_answered_and_a_line_in_the_log_and_for
         assert reply.status == status and "forged" not in reply.headers and (status == 400 or b"x" not in reply.body)
     assert re.search(rf"^WARNING .* {status} track demo .* 'Signed Up' ", caplog.text, re.M)
     assert not re.search("^Forged|\x1b|.{2000}", caplog.text, re.M)
+    assert status == 400 or re.search(r"^    Traceback .*:\n      File ", caplog.text, re.M)
 
 
 def test_a_destination_may_change_what_it_was_given(caplog: pytest.LogCaptureFixture) -> None:
