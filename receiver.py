@@ -47,6 +47,7 @@ import os
 import pkgutil
 import queue
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -1297,6 +1298,8 @@ def run(options: argparse.Namespace) -> None:
     logging.basicConfig(format="%(asctime)s.%(msecs)03dZ %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
     if hasattr(os, "SCHED_BATCH"):  # so that threads that wake do not interrupt the one that has Python's lock
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    with suppress(OSError, ValueError):  # each connection is an open file: let --max-connections be the limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     with Server(None, options) as server:
         server.receiver.lines = sys.stderr
         print(f"Listening on {server.url}", flush=True)

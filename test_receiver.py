@@ -1427,6 +1427,16 @@ def test_beyond_max_connections_new_ones_wait_if_none_is_idle(tmp_path: Path) ->
         assert len(third.stored) == 1 and second.status(TRACK_JSON) == 200
 
 
+def test_as_many_files_may_be_open_as_the_machine_lets_it(tmp_path: Path) -> None:
+    usual = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (usual[1] // 2, usual[1]))  # which it inherits
+    try:
+        with Process(tmp_path) as process:
+            assert resource.prlimit(process.process.pid, resource.RLIMIT_NOFILE) == (usual[1], usual[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, usual)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_sigterm_and_sigint_exit_0_and_who_is_idle_does_not_hold_it_up(tmp_path: Path, number: signal.Signals) -> None:
     with Process(tmp_path) as process, Wire(process) as idle, Wire(process) as silent:
