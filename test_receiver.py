@@ -1778,8 +1778,8 @@ def test_it_prints_one_line_listening_on_and_how_to_go_on_with_commands_that_wor
 
 
 def test_it_listens_on_ipv6_and_another_path(tmp_path: Path) -> None:
-    with Process(tmp_path, "--bind", "::1", "--path", "/segment/v1") as process:
-        assert re.fullmatch(r"https://\[::1\]:\d+/segment/v1", process.url)
+    with Process(tmp_path, "--bind", "::1", "--path", "/X-Segment/v1") as process:
+        assert re.fullmatch(r"https://\[::1\]:\d+/X-Segment/v1", process.url)
         assert (post(process).status_code, post(process, url=process.url + "/").status_code) == (200, 404)
 
 
