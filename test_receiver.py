@@ -1214,6 +1214,14 @@ def test_the_log_has_one_line_a_request_with_no_control_character_from_outside(r
         assert abs(datetime.fromisoformat(line[:24]) - datetime.now(UTC)).total_seconds() < 60
 
 
+def test_under_load_each_request_is_one_whole_line_of_the_log(tmp_path: Path) -> None:
+    with Process(tmp_path) as process:
+        with Load(process, "logged", 32, 100) as load:
+            wait(load.clients)
+        assert process.stop() == 0 and len(load.stored) == 3200
+        assert len(re.findall(rf"^{TIME} 200 track demo u1 'Signed Up' \d+\.\d ms$", process.log, re.M)) == 3200
+
+
 def test_quiet_logs_no_line_for_what_was_answered_2xx_and_verbose_adds_each_call_indented(tmp_path: Path) -> None:
     for option in ("--quiet", "--verbose"):
         with Process(tmp_path, option) as process:
