@@ -788,6 +788,9 @@ class Connection(BaseHTTPRequestHandler):
         self.buffer = bytearray()  # what was received and not yet read
         self.unread, self.expects = 0, False  # bytes of the body still to read; the client wants a "100 Continue"
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # else Linux keeps replies that nobody reads, megabytes, for minutes
+            patience = int(self.server.options.timeout * 1000)  # milliseconds
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
         self.tls = self.server.context.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
         self.server.connections.add(self)
 
