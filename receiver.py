@@ -441,7 +441,7 @@ class Request(NamedTuple):
 
     method: str
     target: str  # path and query as sent
-    headers: Mapping[str, str]  # names in lower case, values without blanks around them
+    headers: Mapping[str, str]  # names in lower case, values without blanks around them; an empty one is not absent
     length: int | None  # what Content-Length says, in bytes
     read: Callable[[], bytes]  # reads the body, once at most; Refusal 408 if it is late, 400 if it ends early
 
@@ -460,8 +460,7 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
     """The protocol: the reply to a request. Every rung of this ladder refuses the request or passes it on.
 
     Their order decides which reply a request with two faults gets. Whoever shows no key learns nothing about bodies,
-    and what nobody supports (501) is told before what this key may not send (403). To be empty is not to be absent: an
-    empty Content-Type, Content-Encoding, X-Segment-Settings or type is refused as another one is.
+    and what nobody supports (501) is told before what this key may not send (403).
     """
     method, headers, customer, raw = request.method, request.headers, "", dict[str, Any]()
     try:
@@ -492,8 +491,8 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
             raise Refusal(501, f"Calls of type {quoted(kind)} are not supported")
         require(key.calls is None or kind in key.calls, 403, "This API key may not send calls of type %s", kind)  # 9
         call = make_call(raw, customer, settings, now)  # rung 10: 400
-        status = dispatch(handler, call)  # rung 11: 200, 202, or what the destination refuses
-        return Reply(status, customer=customer, raw=raw, duplicate=call.duplicate)
+        # rung 11: 200, 202, or what the destination refuses
+        return Reply(dispatch(handler, call), customer=customer, raw=raw, duplicate=call.duplicate)
     except Refusal as refusal:
         return refusal.reply()._replace(customer=customer, raw=raw)
     except BaseException as error:  # a fault of ours, whatever it is, of which the outside learns nothing
