@@ -459,8 +459,8 @@ class Endpoint(NamedTuple):
 def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
     """The protocol: the reply to a request. Every rung of this ladder refuses the request or passes it on.
 
-    Their order decides which reply a request with two faults gets. Whoever shows no key learns nothing about bodies,
-    and what nobody supports (501) is told before what this key may not send (403).
+    Their order decides which of two faults is told: no key, nothing about bodies; a type that nobody supports (501)
+    before one that this key may not send (403).
     """
     method, headers, customer, raw = request.method, request.headers, "", dict[str, Any]()
     try:
@@ -491,8 +491,7 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
             raise Refusal(501, f"Calls of type {quoted(kind)} are not supported")
         require(key.calls is None or kind in key.calls, 403, "This API key may not send calls of type %s", kind)  # 9
         call = make_call(raw, customer, settings, now)  # rung 10: 400
-        # rung 11: 200, 202, or what the destination refuses
-        return Reply(dispatch(handler, call), customer=customer, raw=raw, duplicate=call.duplicate)
+        return Reply(dispatch(handler, call), customer=customer, raw=raw, duplicate=call.duplicate)  # rung 11
     except Refusal as refusal:
         return refusal.reply()._replace(customer=customer, raw=raw)
     except BaseException as error:  # a fault of ours, whatever it is, of which the outside learns nothing
@@ -1070,10 +1069,12 @@ class Server(ThreadingTCPServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection, if it has a place or the longest idle one can make room; OSError if not now."""
         if not self.places.acquire(blocking=False):
+            patience = 0.1
             idle = min(list(self.connections), key=lambda connection: connection.idle_since, default=None)
             if idle and idle.idle_since < math.inf:
                 idle.hang_up()
-            if not self.places.acquire(timeout=0.1):
+                patience = 1  # let it go before another has to
+            if not self.places.acquire(timeout=patience):
                 raise BlockingIOError
         try:
             return super().get_request()
