@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import fcntl
 import hashlib
 import ipaddress
 import json
@@ -47,7 +46,6 @@ import os
 import pkgutil
 import queue
 import re
-import resource
 import secrets
 import signal
 import socket
@@ -77,8 +75,8 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 #
 # What is answered to which request, and why: pure functions and small immutable values. Nothing here opens a socket, a
 # file or a thread, or looks at a clock that it was not handed. The rungs that docstrings name are those of the ladder
-# at its end, answer(). A port to another language needs this part and fixtures/refused.json, no more. The wording of
-# messages is free; and what is remembered (lru_cache, KNOWN) saves time and changes no answer.
+# at its end, answer(). A port to another language needs this part, and fixtures/ (refused.json, accepted.json) to test
+# it. The wording of messages is free; and what is remembered (lru_cache, KNOWN) saves time and changes no answer.
 # ======================================================================================================================
 
 # ---- What can be refused ---------------------------------------------------------------------------------------------
@@ -1295,6 +1293,8 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Serve until SIGTERM or SIGINT. SIGHUP reads keys and certificate again, SIGUSR1 toggles maintenance."""
+    import resource  # here, so that serve() and wsgi() need no Unix
+
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # they wait for sigwait; all threads inherit this
     logging.Formatter.converter = time.gmtime
@@ -1335,8 +1335,10 @@ def add_key(options: argparse.Namespace) -> None:
     entry = {"customer": options.add_key, "sha256": hashlib.sha256(api_key.encode()).hexdigest()}
     entry |= {name: value for name in ("calls", "expires") if (value := getattr(options, name)) is not None}
     try:
-        folder = os.open(os.path.dirname(path), os.O_RDONLY)
-        fcntl.flock(folder, fcntl.LOCK_EX)  # until this process ends, so that of two at once none undoes the other
+        if os.name == "posix":  # of two at once one waits until the other's process has ended, so that none is undone
+            import fcntl
+
+            fcntl.flock(os.open(os.path.dirname(path), os.O_RDONLY), fcntl.LOCK_EX)
         entries = [*(json.loads(Path(path).read_text("utf-8")) if os.path.exists(path) else []), entry]
         parse_keys(json.dumps(entries))
         with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(path), delete=False) as file:  # its mode is 0600
@@ -1344,7 +1346,6 @@ def add_key(options: argparse.Namespace) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(file.name, path)
-        os.fsync(folder)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigurationError(f"{options.api_keys}: {error}") from None
     print(api_key)

@@ -2390,6 +2390,11 @@ def test_the_receiver_imports_nothing_outside_the_standard_library() -> None:
     assert {*imported} <= {*sys.stdlib_module_names}
 
 
+def test_it_can_be_imported_where_there_is_no_unix() -> None:
+    without = "import sys; sys.modules.update(dict.fromkeys(('fcntl', 'resource', 'termios', 'pwd'))); import receiver"
+    assert command(sys.executable, "-c", without).returncode == 0
+
+
 def test_make_certs_makes_a_certificate_for_localhost_with_a_private_key_and_not_again(tmp_path: Path) -> None:
     shutil.copy(HERE / "Makefile", tmp_path)
     make = functools.partial(command, "make", "certs", cwd=tmp_path)
