@@ -12,8 +12,8 @@ help:  ## show this
 run: certs  ## make what is missing, and start the receiver on PORT
 	@exec $(PYTHON) receiver.py --port $(PORT)
 
-test: certs $(VENV)/made  ## run all tests, in a virtual environment of their own
-	@$(VENV)/bin/python -m pytest -q test_receiver.py
+test: certs $(VENV)/made  ## run all tests, in a virtual environment
+	@$(VENV)/bin/python -m pytest -q -rs test_receiver.py
 
 certs:  ## make a self-signed certificate for localhost, unless there is a valid one
 	@if openssl x509 -checkend 86400 -noout -in $(CERT) >/dev/null 2>&1 && test -s $(KEY); then exit 0; fi; \
@@ -37,7 +37,7 @@ bench:  ## measure calls per second with h2load, without and with storage
 	@command -v h2load >/dev/null || { echo "h2load is missing: install nghttp2-client, it makes the load" >&2; exit 1; }
 	@$(MAKE) -s certs && PYTHON="$(PYTHON)" CERT="$(CERT)" sh -c "$$BENCH"
 
-clean:  ## remove what was made, but for the stored calls
+clean:  ## remove everything that was made, except the stored calls
 	rm -rf $(VENV) $(CERT) $(KEY) __pycache__ .pytest_cache
 
 $(VENV)/made: Makefile
@@ -47,33 +47,62 @@ $(VENV)/made: Makefile
 
 .PHONY: help run test certs send conformance bench clean
 
-# One receiver for each line of the table, on core 0 if there are two, and h2load on the other, for 3 seconds after a
-# warm-up of 1. The sample call goes without its message_id, so that every one is new.
+# Each line of the table is a receiver on core 0, if there are two, and h2load on the other: a
+# warm-up of 1 second, and 3 seconds that count. The sample call has no message_id, so that every
+# call is a new one.
 define BENCH
 scratch=$$(mktemp -d)
 trap 'kill $$pid 2>/dev/null; rm -rf "$$scratch"' EXIT
 trap 'exit 130' INT TERM
-on() { core=$$1; shift; if taskset -c 1 true 2>/dev/null; then exec taskset -c $$core "$$@"; else exec "$$@"; fi; }
-sed '/"message_id"/d' fixtures/track.json >"$$scratch/call.json"
-printf 'import receiver\n\n\nclass Nothing(receiver.Destination):\n    def track(self, *fields):\n        pass\n' >"$$scratch/nothing.py"
-load() {
-  (on 1 h2load --h1 -c "$$1" -D "$$2" -d "$$scratch/call.json" -H "Content-Type: application/json" \
-    -H "Authorization: Basic c2VnbWVudDo=" --log-file="$$scratch/times" "$$url") >"$$scratch/load" 2>&1 || cat "$$scratch/load" >&2
+
+on_core() {
+  core=$$1; shift
+  if taskset -c 1 true 2>/dev/null; then exec taskset -c $$core "$$@"; else exec "$$@"; fi
 }
+
+load() {
+  (on_core 1 h2load --h1 -c "$$1" -D "$$2" -d "$$scratch/call.json" \
+    -H "Content-Type: application/json" -H "Authorization: Basic c2VnbWVudDo=" \
+    --log-file="$$scratch/times" "$$url") >"$$scratch/load" 2>&1 || cat "$$scratch/load" >&2
+}
+
+sed '/"message_id"/d' fixtures/track.json >"$$scratch/call.json"
+cat >"$$scratch/nothing.py" <<END
+import receiver
+
+
+class Nothing(receiver.Destination):
+    def track(self, user_id, event, properties, call):
+        pass
+
+
+receiver.main(Nothing())
+END
+
 printf '%-9s %11s %9s %8s %8s %10s\n' storage connections calls/s "p50 ms" "p99 ms" "memory MB"
 for storage in none SQLite; do
   for connections in 16 64; do
     rm -f "$$scratch"/calls.db* "$$scratch/said"
-    [ $$storage = none ] && destination="--destination nothing:Nothing" || destination=""
-    (PYTHONPATH="$$scratch" on 0 $$PYTHON receiver.py --port 0 --quiet --database "$$scratch/calls.db" $$destination) \
+    program="$$scratch/nothing.py"
+    [ $$storage = none ] || program="receiver.py --database $$scratch/calls.db"
+    (PYTHONPATH="$$PWD" on_core 0 $$PYTHON $$program --port 0 --quiet) \
       >"$$scratch/said" 2>"$$scratch/log" & pid=$$!
-    until grep -q Listening "$$scratch/said"; do kill -0 $$pid 2>/dev/null || { cat "$$scratch/log" >&2; exit 1; }; sleep 0.1; done
+    until grep -q Listening "$$scratch/said"; do
+      kill -0 $$pid 2>/dev/null || { cat "$$scratch/log" >&2; exit 1; }
+      sleep 0.1
+    done
     url=$$(sed 's/^Listening on //' "$$scratch/said")
     load $$connections 1; rm "$$scratch/times"; load $$connections 3
     memory=$$(ps -o rss= -p $$pid); kill $$pid; wait $$pid
-    cut -f2,3 "$$scratch/times" | sort -n -k2 | awk -v storage=$$storage -v c=$$connections -v kb=$$memory '$$1 != 200 {bad++} {t[NR] = $$2}
-      END {printf "%-9s %11d %9d %8.1f %8.1f %10d\n", storage, c, NR / 3, t[int(NR / 2) + 1] / 1000, t[int(NR * 0.99) + 1] / 1000, kb / 1024
-           if (bad || !NR) {print bad + 0, "of", NR + 0, "calls were not answered 200"; exit 1}}' || exit 1
+    cut -f2,3 "$$scratch/times" | sort -n -k2 |
+      awk -v storage=$$storage -v connections=$$connections -v kb=$$memory '
+        $$1 != 200 {bad++}
+        {times[NR] = $$2}
+        END {
+          printf "%-9s %11d %9d %8.1f %8.1f %10d\n", storage, connections, NR / 3,
+            times[int(NR / 2) + 1] / 1000, times[int(NR * 0.99) + 1] / 1000, kb / 1024
+          if (bad || !NR) {print bad + 0, "of", NR + 0, "calls were not answered 200"; exit 1}
+        }' || exit 1
   done
 done
 endef

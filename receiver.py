@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""A receiver for Segment's Direct destination protocol, in one file of standard library Python.
+"""A receiver for Segment's Direct destination protocol, in one file of standard-library Python.
 
-Segment collects what its customers' users do, as calls (identify, track, page, group), and forwards each to an endpoint
-of yours in an HTTPS request, its keys in snake_case, though for some customers in another casing:
+Segment collects calls (identify, track, page, group) from the websites, apps and servers of its
+customers, and forwards each call to your endpoint in an HTTPS request:
 
     POST / HTTP/1.1
     Host: segment.example.com
@@ -13,53 +13,67 @@ of yours in an HTTPS request, its keys in snake_case, though for some customers 
 
     {"type": "track", "user_id": "u1", "event": "Signed Up", "message_id": "m1"}
 
-The credentials are the API key that you gave the customer, a colon, and no password: here `segment:`. Segment acts on
-the status of your answer. 200 (done) and 202 (will be done), with an empty body: delivered, and forgotten there. 408,
-429, every 5xx but 501 and 505, and no answer within about 5 seconds: sent again, for about four hours. 501 (a type that
-is not supported), 505, and all other 4xx, such as 400 (malformed), 401 (key) and 403 (permissions): dropped for good,
-and `{"message": "why"}` in the reply's body, if typed application/json, is shown to the customer. So the same call may
-come twice, calls come in any order, and a call that was answered 200 or 202 must never be lost.
+The credentials are the customer's API key, a colon and an empty password, in base64: here,
+`segment:`. The keys of the JSON object are in snake_case, although some senders use other casings.
 
-Start it with `make run`, or use it from Python:
+Segment acts on the status code of the reply, which it expects within about five seconds:
+
+    200 and 202                                delivered, and forgotten by Segment
+    408, 429, 5xx except 501 and 505           retried for about four hours
+    no reply                                   retried for about four hours
+    501, 505 and all other 4xx                 dropped for good
+
+Do not use any other status code. The body of an error may be a JSON object such as
+{"message": "Missing user_id"}; Segment shows the message to the customer.
+
+All this has three consequences. Store a call before you acknowledge it, because yours is then the
+only copy. Expect the same call twice, because replies get lost. Expect calls out of order.
+
+Start the receiver with `make run`, or use it from Python:
 
     class Contacts(receiver.Destination):
         def identify(self, user_id, traits, call):
             if "email" not in traits:
-                raise receiver.Refusal(400, "Missing email address")    # other types of call are answered 501
+                raise receiver.Refusal(400, "Missing email address")
 
-    with receiver.serve(Contacts(), port=0) as server:    # a real HTTPS endpoint, in a thread
+    with receiver.serve(Contacts(), port=0) as server:  # a real HTTPS endpoint
         requests.post(server.url, json=..., auth=("segment", ""), verify=server.tls_cert)
 
-    application = receiver.wsgi(Contacts())               # the same behind any WSGI server
+    receiver.main(Contacts())  # the command line, with every option
 """
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import base64
+import contextlib
+import errno
 import hashlib
 import ipaddress
 import json
 import logging
 import math
 import os
-import pkgutil
 import queue
 import re
 import secrets
+import shlex
 import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import sys
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import formatdate
+from enum import StrEnum
 from functools import lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -67,1289 +81,2722 @@ from itertools import accumulate
 from pathlib import Path
 from socketserver import ThreadingTCPServer
 from traceback import format_exception
-from types import SimpleNamespace
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
-# ======================================================================================================================
-# 1. The protocol
+__version__ = "2.0"
+
+# ==================================================================================================
+# Part 1. The protocol
 #
-# What is answered to which request, and why: pure functions and small immutable values. Nothing here opens a socket, a
-# file or a thread, or looks at a clock that it was not handed. The rungs that docstrings name are those of the ladder
-# at its end, answer(). A port to another language needs this part, and fixtures/ (refused.json, accepted.json) to test
-# it. The wording of messages is free; and what is remembered (lru_cache, KNOWN) saves time and changes no answer.
-# ======================================================================================================================
+# This part decides how each request is answered. It does no I/O: it opens no sockets or files,
+# starts no threads, and reads the time only through the clock that it is given. To implement the
+# protocol in another language, translate this part, and test the result with the requests in
+# fixtures/accepted.json and fixtures/refused.json.
+# ==================================================================================================
 
-# ---- What can be refused ---------------------------------------------------------------------------------------------
+# ---- Requests, replies and refusals --------------------------------------------------------------
 
-Clock = Callable[[], str]  # the time now, as utc() writes it
+HEALTH_PATH = "/health"  # for load balancers and monitors; not a part of Segment's protocol
 
-# Header fields that a status always comes with: how to log in (RFC 7617 §2), and after how many seconds to try again.
-ALSO = {401: {"WWW-Authenticate": 'Basic realm="Segment calls", charset="UTF-8"'}, 503: {"Retry-After": "5"}}
-
-
-class Reply(NamedTuple):
-    """What is answered, and for the log what it was about."""
-
-    status: int
-    body: Mapping[str, str] = {}  # sent as application/json; if empty there is none
-    fields: Mapping[str, str] = {}  # header fields of its own
-    customer: str = ""  # whose key it was, once that is known
-    raw: Mapping[str, Any] = {}  # the call in snake_case, once that is known
-    duplicate: bool = False  # the call was taken before
-    error: BaseException | None = None  # the fault of ours behind a 500, for the log only
-
-
-class Refusal(Exception):  # noqa: N818 - the protocol's own word
-    """A request is not accepted: the status to answer, 400 to 599, and the message that the customer will read.
-
-    The status alone decides whether the sender drops the call or sends it again. So a fault of ours that will pass is
-    never a 4xx that loses the call, and a call that can never succeed is never a 5xx but 501.
-    """
-
-    status, message = 500, "Internal error"  # of a subclass whose __init__ sets nothing else
-
-    def __init__(self, status: int, message: str) -> None:
-        if not 400 <= status <= 599:
-            raise ValueError(f"a refusal's status is from 400 to 599, not {status}")
-        super().__init__(status, message)
-        self.status, self.message = status, message
-
-    def reply(self) -> Reply:
-        """The reply that says so."""
-        return Reply(int(self.status), {"message": str(self.message)}, ALSO.get(self.status, {}))
-
-
-def require(condition: object, status: int, message: str, culprit: object = None) -> None:
-    """Refuse unless the condition holds. A %s in the message stands for the culprit."""
-    if not condition:
-        raise Refusal(status, message.replace("%s", quoted(culprit)))
-
-
-def quoted(value: object) -> str:
-    """Show something from outside so that it can neither flood nor forge what it is put into."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"
-
-
-# ---- Who is calling --------------------------------------------------------------------------------------------------
-
-
-class Key(NamedTuple):
-    """What an API key opens. No file holds the key itself: it is found by its SHA-256 digest."""
-
-    customer: str
-    calls: frozenset[str] | None = None  # the types of call that it may send; None: all; empty: none
-    expires: str | None = None  # as utc() writes it: at that moment it has expired
-
-
-def authenticate(authorization: str, keys: Mapping[str, Key], now: Clock) -> Key:
-    """The key that an Authorization header names, if it is known and has not expired (rung 5)."""
-    key = keys.get(digest_of(authorization))
-    if key is None:
-        raise Refusal(401, "The API key is not known")
-    require(key.expires is None or now() < key.expires, 401, "API token expired")
-    return key
-
-
-@lru_cache(maxsize=256)
-def digest_of(authorization: str) -> str:
-    """The digest of the API key in an Authorization header: a username, a colon, no password (RFC 7617 §2).
-
-    The base64 is that of RFC 4648 §4, with its padding and without white space.
-    """
-    scheme, _, encoded = authorization.partition(" ")
-    require(scheme, 401, "The Authorization header is missing")
-    require(scheme.lower() == "basic", 401, "The scheme of the Authorization header is not Basic")
-    try:
-        api_key, colon, password = base64.b64decode(encoded.lstrip(" "), validate=True).decode().partition(":")
-    except ValueError as error:
-        coding = "UTF-8" if isinstance(error, UnicodeDecodeError) else "base64"
-        raise Refusal(401, f"The credentials in the Authorization header are not {coding}") from None
-    require(colon, 401, "The credentials in the Authorization header have no colon after the API key")
-    require(not password, 401, "The password in the Authorization header is not empty: the API key is the username")
-    return hashlib.sha256(api_key.encode()).hexdigest()
-
-
-# ---- What they sent: the body ----------------------------------------------------------------------------------------
-
-TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 §5.6.2
-PARAMETER = rf'charset=(?:utf-8|"utf-8")|(?!charset=){TOKEN}=(?:{TOKEN}|"[^"]*")'  # §5.6.6
-# application/json or a vendor's application/*+json (RFC 6839 §3.1), with any parameters, but of charsets only UTF-8.
-# (*+ takes what * would, but does not try again in other ways, which could take minutes.)
-JSON_TYPE = re.compile(rf"application/(?:{TOKEN}\+)?json(?:[ \t]*;[ \t]*(?:{PARAMETER})?)*+[ \t]*", re.I | re.A)
-is_json = lru_cache(maxsize=64)(JSON_TYPE.fullmatch)
-
-
-def parse_double(text: str) -> float:
-    """A number as a double. ValueError if none can hold it, and for what Python knows beyond JSON, as NaN."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{quoted(text)} is not a number that fits a double")
-    return value
-
-
-def parse_whole(text: str) -> int:
-    """A whole number, exact. ValueError if it is so large that it would overflow in whoever reads it as a double."""
-    if len(text) > 308:
-        parse_double(text)
-    return int(text)
-
-
-def snake_case(key: str) -> str:
-    """A key in snake_case: `userId`, `UserID`, `user-id`, `User Id` and `user_id` are all `user_id`.
-
-    A capital starts a word after a small letter or a digit, and as the last of a run before a small letter
-    (`HTMLParser`: `html_parser`). A hyphen or a space is an underscore. What is a capital beyond ASCII, Unicode says.
-    """
-    words = ""
-    for before, letter, after in zip(" " + key, key, key[1:] + " ", strict=False):
-        starts = before.islower() or before.isdigit() or (before.isupper() and after.islower())
-        if letter in " -" or (letter.isupper() and starts):
-            words += "_"
-        words += letter.strip(" -")
-    return words.lower()
-
-
-remembered = lru_cache(maxsize=4096)(snake_case)
-KNOWN: set[str] = set()  # keys that came in snake_case before; few and short, so that nobody can fill the memory
-
-
-def snake_keys(sent: dict[str, Any]) -> dict[str, Any]:
-    """One object with its keys in snake_case.
-
-    Where two keys would become one, that which is in snake_case already gets the name, else the first as sent; the
-    other stays as it came, so that nothing is lost.
-    """
-    if KNOWN.issuperset(sent):
-        return sent
-    names = {key: remembered(key) if len(key) <= 64 else snake_case(key) for key in sent}
-    if len(KNOWN) + len(names) <= 4096:
-        KNOWN.update(key for key, name in names.items() if key == name and len(key) <= 64)
-    renamed, taken = {}, set(sent)
-    for key, name in names.items():
-        renamed[key if name in taken else name] = sent[key]
-        taken.add(name)
-    return renamed
-
-
-DECODER = json.JSONDecoder(
-    object_hook=snake_keys, parse_int=parse_whole, parse_float=parse_double, parse_constant=parse_double
-)
-MAX_DEPTH = 500  # arrays and objects in each other: what the JSON parsers of Python and SQLite are sure to read
-
-
-def parse_object(data: bytes, what: str) -> dict[str, Any]:
-    """A JSON object in UTF-8, RFC 8259 and no more, with every key at every depth in snake_case (rung 7).
-
-    Of two keys alike the last counts. A number without a fraction and an exponent is whole, and exact; any other is a
-    double. A byte-order mark is refused, and so is half of a surrogate pair.
-    """
-    try:
-        text = data.decode().strip(" \t\r\n")  # RFC 8259 §2
-        value, end = DECODER.raw_decode(text)
-        if end < len(text):
-            raise json.JSONDecodeError("Extra data", text, end)
-        if "\\" in text:  # an escape can name half of a surrogate pair, which no database takes, nor encode()
-            json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"{what} is not JSON in UTF-8: {error}") from None
-    if not isinstance(value, dict):
-        raise Refusal(400, f"{what} is not a JSON object")
-    # The cheapest first; each level takes two characters at least.
-    if len(text) > 2 * MAX_DEPTH and text.count("{") + text.count("[") > MAX_DEPTH and depth(text) > MAX_DEPTH:
-        raise Refusal(400, f"{what} is nested more than {MAX_DEPTH} deep")
-    return value
-
-
-def depth(text: str) -> int:
-    """How many arrays and objects are in each other in a JSON text, the outermost included."""
-    brackets = re.sub(r'"(\\.|[^"\\])*"|[^\[\]{}]', "", text)
-    return max(accumulate(1 if bracket in "[{" else -1 for bracket in brackets))
-
-
-def parse_settings(encoded: str | None) -> dict[str, Any]:
-    """What the customer has set besides the API key, in X-Segment-Settings: base64 of a JSON object (rung 7)."""
-    try:
-        return {} if encoded is None else parse_object(base64.b64decode(encoded, validate=True), "X-Segment-Settings")
-    except ValueError:
-        raise Refusal(400, "X-Segment-Settings is not base64") from None
-
-
-# ---- What they sent: the call ----------------------------------------------------------------------------------------
-
-# The types of call, and what the handler of each is given: the original four, then later ones.
-CALLS: dict[str, tuple[str, ...]] = {
-    "identify": ("user_id", "traits"),  # who is this?
-    "track": ("user_id", "event", "properties"),  # what are they doing?
-    "page": ("user_id", "name", "properties"),  # where are they doing it?
-    "group": ("user_id", "group_id", "traits"),  # what group are they part of?
-    "delete": ("user_id",),  # who asks to be forgotten?
-    "screen": ("user_id", "name", "properties"),  # where in an app are they doing it?
-    "alias": ("user_id", "previous_id"),  # who were they before?
+# Headers that every reply with this status code carries.
+STATUS_HEADERS = {
+    401: {"WWW-Authenticate": 'Basic realm="Segment calls", charset="UTF-8"'},  # RFC 7617 §2
+    503: {"Retry-After": "5"},  # seconds, RFC 9110 §10.2.3
 }
-NEEDED = {"track": "event", "group": "group_id", "delete": "user_id", "alias": "previous_id"}  # beside an id of a user
 
-
-def an_id(value: Any) -> str | None:
-    """An id as text: a whole number (1.0 and True are none) as digits; None if empty. ValueError: what it is not."""
-    if type(value) is int:
-        return str(value)
-    if isinstance(value, str):
-        return value or None
-    raise ValueError("not a string or a whole number")
-
-
-def a_string(value: Any) -> str:
-    """A string as it is."""
-    if isinstance(value, str):
-        return value
-    raise ValueError("not a string")
-
-
-def an_object(value: Any) -> dict[str, Any]:
-    """An object as it is."""
-    if isinstance(value, dict):
-        return value
-    raise ValueError("not an object")
-
-
-DATE, HOUR = r"\d{4}(-\d\d-\d\d|\d{4}|-W\d\d-\d|W\d{3})", r"([01]\d|2[0-3])"
-TIME, ZONE = rf"{HOUR}(:?[0-5]\d(:?[0-5]\d([.,]\d+)?)?)?", rf"(Z|[+-]{HOUR}(:?[0-5]\d)?)"
-ISO_8601 = re.compile(f"{DATE}([T ]{TIME}{ZONE}?)?", re.A)  # Python alone would take more, and more with each version
-UTC_TEXT = re.compile(rf"\d{{4}}-\d\d-\d\dT{HOUR}:[0-5]\d:[0-5]\d\.\d{{3}}Z", re.A)  # the usual one, and quicker
-
-
-def utc(value: Any) -> str:
-    """An ISO 8601 time in UTC, cut to milliseconds, with Z: as text it sorts by time. One without a zone is in UTC.
-
-    It is a day of the calendar, or of a week, in the years 1 to 9999, alone or with a time; each of the two has all its
-    separators or none. ValueError if it is something else.
-    """
-    try:
-        if UTC_TEXT.fullmatch(value) and datetime.fromisoformat(value):
-            return str(value)
-        moment = datetime.fromisoformat(value if ISO_8601.fullmatch(value) else "")
-        moment = moment.astimezone(UTC) if moment.tzinfo else moment
-        return moment.isoformat(timespec="milliseconds")[:23] + "Z"
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError("not an ISO 8601 time") from None
-
-
-# The fields of a call, and what is made of each, in whichever type of call it is there; None: it stays as it came.
-FIELDS: dict[str, Callable[[Any], Any] | None] = {
-    "type": None,
-    "user_id": an_id,  # the customer's id of the user
-    "anonymous_id": an_id,  # stands in for it; one of the two is there
-    "event": a_string,  # track
-    "name": a_string,  # page and screen
-    "group_id": an_id,  # group
-    "previous_id": an_id,  # alias
-    "traits": an_object,  # identify: of the user; group: of the group
-    "properties": an_object,  # track, page and screen
-    "context": an_object,  # ip, user agent, library, campaign, ...
-    "message_id": an_id,  # unique per call, the same on a retry or a replay; made here if it came without
-    "timestamp": utc,  # when it happened: the time to order by
-    "sent_at": utc,  # when it left the client
-    "original_timestamp": None,  # what the client's clock said when it happened
-    "received_at": None,  # when Segment got it (that of the database is when we did)
-    "integrations": None,  # which other destinations got it
-    "version": None,  # of the Spec
-}
-# But these are looked at only in the types of call that have them in their row: a stray name refuses no track call.
-OF_SOME = {"event", "name", "group_id", "previous_id"}
-CHECKS = {
-    kind: {field: check for field, check in FIELDS.items() if field in row or field not in OF_SOME}
-    for kind, row in CALLS.items()
-}
-ABSENT = dict.fromkeys(FIELDS)
-
-
-class Call(SimpleNamespace):
-    """One call, checked. Every one of FIELDS is an attribute, None if it is absent, null or of other types of call.
-
-    But `traits`, `properties` and `context` are {} if absent or null. `customer` is whose key it came with, `settings`
-    is what X-Segment-Settings says, and `raw` the whole object in snake_case.
-    """
-
-    duplicate = False  # a destination sets this where the call came before, and the log will say so
-
-
-def make_call(raw: dict[str, Any], customer: str, settings: dict[str, Any], now: Clock) -> Call:
-    """The call with each field of the right kind, and what may be absent filled in (rung 10).
-
-    It is dated by its timestamp, else by what the client's own clock said, if that is a time at all, else by when it
-    was sent, else now.
-    """
-    checks = CHECKS[raw["type"]]
-    fields: dict[str, Any] = {**ABSENT, "traits": {}, "properties": {}, "context": {}}
-    fields |= {"customer": customer, "settings": settings, "raw": raw}
-    try:
-        for field, value in raw.items():
-            if value is not None and field in checks:
-                check = checks[field]
-                fields[field] = check(value) if check else value
-    except ValueError as error:
-        raise Refusal(400, f"The field {field} is {error}") from None
-    require(fields["user_id"] or fields["anonymous_id"], 400, "The fields user_id and anonymous_id are both missing")
-    needed = NEEDED.get(raw["type"])
-    if needed and not fields[needed]:
-        raise Refusal(400, f"The field {needed} is missing")
-    if fields["timestamp"] is None:
-        with suppress(ValueError):
-            fields["timestamp"] = utc(fields["original_timestamp"])
-    fields["timestamp"] = fields["timestamp"] or fields["sent_at"] or now()
-    fields["message_id"] = fields["message_id"] or str(uuid.uuid4())
-    return Call(**fields)
-
-
-# ---- What to do with it ----------------------------------------------------------------------------------------------
-
-
-class Destination:
-    """Where calls go. A subclass supports the types of call that it has methods for, the handlers.
-
-    Each gets the fields of its row in CALLS and then the whole call: `identify(user_id, traits, call)`. It returns
-    nothing for 200, or HTTPStatus.ACCEPTED for 202; it raises Refusal to refuse; any other exception is a 500. Threads
-    call it at the same time.
-    """
-
-    def close(self) -> None:
-        """Called once, after the last call."""
-
-
-def dispatch(handler: Callable[..., Any], call: Call) -> int:
-    """The status that the handler answers (rung 11): 200 for nothing, or 200 or 202. TypeError if it is another."""
-    outcome = handler(*[getattr(call, field) for field in CALLS[call.type]], call)
-    if outcome not in (None, 200, 202):
-        raise TypeError(f"{handler} returned {outcome!r}, which is not None, 200 or 202")
-    return int(outcome or 200)
-
-
-# ---- The ladder ------------------------------------------------------------------------------------------------------
-
-HEALTH = "/health"  # for load balancers and monitors; it is no part of Segment's protocol
+Clock = Callable[[], str]  # returns the current time in UTC, as 2026-01-15T09:41:07.250Z
 
 
 class Request(NamedTuple):
-    """A request whose head is clean HTTP/1.x.
-
-    That is rung 1, and the server's business: 400 if it has two readings or none, 414 or 431 if it is too long, 505 if
-    it is of another version, 408 if it does not come whole in time.
-    """
+    """A request with a well-formed head, which `parse_head` has checked, and an unread body."""
 
     method: str
-    target: str  # path and query as sent
-    headers: Mapping[str, str]  # names in lower case, values without blanks around them; an empty one is not absent
-    length: int | None  # what Content-Length says, in bytes
-    read: Callable[[], bytes]  # reads the body, once at most; Refusal 408 if it is late, 400 if it ends early
+    target: str  # path and query, as sent
+    headers: Mapping[str, str]  # names in lower case, values without surrounding whitespace
+    length: int | None  # the Content-Length in bytes; None if the header is missing
+    read: Callable[[], bytes]  # reads the body; call it once. Raises Refusal 408 or 400.
 
 
-class Endpoint(NamedTuple):
-    """What an answer depends on beside the request."""
+class Reply(NamedTuple):
+    """The reply to a request, and what the log says about the request."""
+
+    status: int
+    body: Mapping[str, str] = {}  # sent as a JSON object; an empty body is not sent
+    headers: Mapping[str, str] = {}
+    customer: str = ""  # whose API key it was, once that is known
+    raw: Mapping[str, Any] = {}  # the call, once it has been parsed
+    outcome: str = ""  # "stored", "duplicate" or "forgotten", if the destination says so
+    error: Exception | None = None  # the internal error behind a 500
+
+
+class Refusal(Exception):  # noqa: N818 - this is the protocol's word, and not every refusal is an error
+    """Raised to refuse a request, with a status code from 400 to 599 and a message.
+
+    The status code alone decides whether the sender retries the call or drops it; the customer
+    reads the message. Use 503 for a temporary problem, because a 400 would lose the call. Use 400
+    for a call that can never succeed, because a 503 would be retried for hours.
+    """
+
+    # Defaults for a subclass whose constructor does not call this one.
+    status = 500
+    message = "Internal error"
+    headers: Mapping[str, str] = {}
+
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+        """Set the status code, the message, and any headers of the reply.
+
+        Raises ValueError if the status code is not from 400 to 599.
+        """
+        if not 400 <= status <= 599:
+            raise ValueError(f"status must be from 400 to 599, not {status}")
+        super().__init__(status, message)
+        self.status = status
+        self.message = message
+        self.headers = headers or {}
+
+
+@dataclass
+class Endpoint:
+    """What determines a reply, besides the request. Attributes may be assigned at any time."""
 
     destination: Destination
-    keys: Mapping[str, Key]  # by digest
+    keys: Mapping[str, Key]  # by the SHA-256 digest of the API key, in hexadecimal
     path: str = "/"
     max_body: int = 524_288  # bytes
     maintenance: bool = False
 
 
+def short_repr(value: object) -> str:
+    """Return the repr of a value, cut to 80 characters, for use in a message or in the log."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+# ---- The ladder ----------------------------------------------------------------------------------
+
+
 def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
-    """The protocol: the reply to a request. Every rung of this ladder refuses the request or passes it on.
+    """Return the reply to a request.
 
-    Their order decides which of two faults is told: no key, nothing about bodies; a type that nobody supports (501)
-    before one that this key may not send (403).
+    The protocol is a ladder: each rung either refuses the request or passes it on to the next. If a
+    request has two faults, the order of the rungs decides which one is reported. The functions of
+    the rungs follow in the same order. Rung 1, the grammar of the request's head, is `parse_head`
+    in Part 3.
+
+    KeyboardInterrupt and other exceptions outside of Exception propagate.
     """
-    method, headers, customer, raw = request.method, request.headers, "", dict[str, Any]()
+    headers = request.headers
+    customer = ""
+    raw: dict[str, Any] = {}
     try:
-        path = request.target.partition("?")[0]  # rung 2
-        require(path in (endpoint.path, HEALTH), 404, "There is nothing at %s", path)
-        only = "GET, HEAD" if path == HEALTH else "POST"  # rung 3
-        if method not in only.split(", "):
-            return Reply(405, {"message": f"The method {quoted(method)} is not allowed, only {only}"}, {"Allow": only})
-        require(not endpoint.maintenance, 503, "Down for maintenance")  # rung 4
-        if path == HEALTH:
+        path = find_path(request.target, endpoint.path)  # rung 2: 404
+        check_method(request.method, path)  # rung 3: 405
+        check_maintenance(endpoint.maintenance)  # rung 4: 503
+        if path == HEALTH_PATH:
             return Reply(200, {"status": "ok"})
-        key = authenticate(headers.get("authorization", ""), endpoint.keys, now)  # rung 5: 401
+
+        key = find_key(headers.get("authorization", ""), endpoint.keys)  # rung 5: 401
         customer = key.customer
-        if request.length is None:  # rung 6; a chunked body comes without it
-            raise Refusal(411, "The Content-Length header is missing")
-        require(request.length <= endpoint.max_body, 413, "The body is longer than %s bytes", endpoint.max_body)
-        media = headers.get("content-type", "application/json")
-        require(is_json(media), 415, "The Content-Type %s is not application/json in UTF-8", media)
-        coding = headers.get("content-encoding", "identity")
-        require(coding.lower() == "identity", 415, "The Content-Encoding %s is not identity", coding)
-        raw = parse_object(request.read(), "The body")  # rung 7: 408, 400
-        settings = parse_settings(headers.get("x-segment-settings"))
-        kind = raw.get("type")  # rung 8
-        require(kind is not None, 400, "The field type is missing")
-        require(isinstance(kind, str), 400, "The field type is not a string")
-        handler = getattr(endpoint.destination, kind, None) if kind in CALLS else None
-        if handler is None:
-            raise Refusal(501, f"Calls of type {quoted(kind)} are not supported")
-        require(key.calls is None or kind in key.calls, 403, "This API key may not send calls of type %s", kind)  # 9
-        call = make_call(raw, customer, settings, now)  # rung 10: 400
-        return Reply(dispatch(handler, call), customer=customer, raw=raw, duplicate=call.duplicate)  # rung 11
-    except Refusal as refusal:
-        return refusal.reply()._replace(customer=customer, raw=raw)
-    except BaseException as error:  # a fault of ours, whatever it is, of which the outside learns nothing
-        return Reply(500, {"message": "Internal error"}, {}, customer, raw, error=error)
+        check_expiry(key, now)
+
+        check_body_headers(request, endpoint.max_body)  # rung 6: 411, 413, 415
+
+        body = request.read()  # rung 7: 400, 408
+        raw = parse_body(body)
+        settings = parse_settings(headers.get("x-segment-settings", ""))
+
+        handler = find_handler(raw, endpoint.destination)  # rung 8: 400, 501
+        check_permission(key, raw["type"])  # rung 9: 403
+        call = parse_call(raw, customer, settings, len(body), now)  # rung 10: 400
+        status = dispatch(handler, call)  # rung 11: 200, 202, 500, or the handler's refusal
+        return Reply(status, customer=customer, raw=raw, outcome=call.outcome or "")
+    except Exception as error:
+        return error_reply(error)._replace(customer=customer, raw=raw)
 
 
-# ======================================================================================================================
-# 2. The default destination
-#
-# Every call in one SQLite table, synced to disk before it is acknowledged. Whatever else one wants to know is a view on
-# that table: so nothing is lost, and in which order calls arrive never matters.
-# ======================================================================================================================
+def error_reply(error: Exception) -> Reply:
+    """Return the reply to a Refusal or, for any other error, a 500 that reveals no details."""
+    if isinstance(error, Refusal) and error.status in range(400, 600):
+        headers = {**STATUS_HEADERS.get(error.status, {}), **error.headers}
+        return Reply(int(error.status), {"message": str(error.message)}, headers)
+    return Reply(500, {"message": "Internal error"}, error=error)
 
-# The traits of one user or account o: each from the newest of their calls c that sets it, be it to null, and of equals
-# from the last received. `->` gives a trait's own JSON, exact to the last digit, but not if its name has a quotation
-# mark. (Traits that are null as a whole have a row without a key.)
-TRAITS = """(select json_group_object(trait, json(value)) from (
-        select t.key as trait, row_number() over (partition by t.key order by c.timestamp desc, c.rowid desc) as age,
-            coalesce(c.call -> t.fullkey, case when t.type in ('object', 'array') then t.value
-                when t.type in ('true', 'false', 'null') then t.type else json_quote(t.value) end) as value
-        from calls c, json_each(c.call, '$.traits') t
-        where t.key is not null and c.customer = o.customer and {theirs}) where age = 1)"""
-GROUP_ID = "case json_type(call, '$.group_id') when 'integer' then call -> '$.group_id' else call ->> '$.group_id' end"
-CONTEXT, OWN_TRAITS, PROPERTIES = (
-    f"coalesce(nullif(call -> '$.{name}', 'null'), '{{}}') as {name}" for name in ("context", "traits", "properties")
+
+# ---- Rungs 2 to 4: the path, the method, maintenance ---------------------------------------------
+
+
+def find_path(target: str, endpoint_path: str) -> str:
+    """Return the path of a request target.
+
+    Raises Refusal 404 if it is neither the endpoint's path nor HEALTH_PATH.
+    """
+    path = target.partition("?")[0]
+    if path in (endpoint_path, HEALTH_PATH):
+        return path
+    message = f"Path {short_repr(path)} not found; use {short_repr(endpoint_path)}"
+    if path.startswith("/v1/"):
+        message += ". Let analytics SDKs post to Segment, not to a destination"
+    raise Refusal(404, message)
+
+
+def check_method(method: str, path: str) -> None:
+    """Raise Refusal 405 unless the path supports the method.
+
+    Unknown methods get a 405, too: a 501 would mean that the type of call is not supported.
+    """
+    allowed = "GET, HEAD" if path == HEALTH_PATH else "POST"
+    if method in allowed.split(", "):
+        return
+    shown = method[:80]  # a token, which needs no escaping
+    message = f"Method {shown} is not allowed; use {allowed}"
+    if method == "GET":  # somebody opened the address in a browser
+        message += ". This endpoint receives calls that Segment forwards"
+    raise Refusal(405, message, {"Allow": allowed})
+
+
+def check_maintenance(maintenance: bool) -> None:
+    """Raise Refusal 503 during maintenance. The sender will retry."""
+    if maintenance:
+        raise Refusal(503, "Down for maintenance")
+
+
+# ---- Rung 5: the API key -------------------------------------------------------------------------
+
+
+class Key(NamedTuple):
+    """What an API key permits. No file holds the key itself, only its digest."""
+
+    customer: str
+    calls: frozenset[str] | None = None  # the types of call that it may send; None permits all
+    expires: str | None = None  # when it becomes invalid, in the form that parse_time returns
+
+
+def find_key(authorization: str, keys: Mapping[str, Key]) -> Key:
+    """Return the entry of the API key in an Authorization header.
+
+    Raises Refusal 401 if the header is missing or malformed, or if the API key is unknown. The
+    digests of all keys are compared, never the keys, so a guess cannot be improved by its timing.
+    """
+    key = keys.get(key_digest(authorization))
+    if key is None:
+        raise Refusal(401, "Unknown API key")
+    return key
+
+
+def key_digest(authorization: str, /) -> str:
+    """Return the SHA-256 digest of the API key in an Authorization header, in hexadecimal.
+
+    The credentials are the API key, a colon and an empty password, encoded in base64 (RFC 7617 §2).
+    Raises Refusal 401 if the header is missing, or if its credentials have any other form.
+    """
+    if not authorization:
+        raise Refusal(401, "Missing Authorization header")
+    scheme, _, credentials = authorization.partition(" ")
+    if scheme.lower() != "basic":
+        raise Refusal(401, "Authorization must use the Basic scheme")
+    try:
+        decoded = decode_base64(credentials.lstrip(" ")).decode()
+    except UnicodeDecodeError:
+        raise Refusal(401, "Authorization must have its credentials in UTF-8") from None
+    except ValueError:
+        raise Refusal(401, "Authorization must have its credentials in base64") from None
+    api_key, colon, password = decoded.partition(":")
+    if not colon:
+        raise Refusal(401, "Authorization must have a colon after the API key")
+    if password:
+        raise Refusal(401, "Password must be empty; the API key is the username")
+    return hashlib.sha256(api_key.encode()).hexdigest()
+
+
+def decode_base64(text: str) -> bytes:
+    """Return the decoded bytes (RFC 4648 §4). Raises ValueError if the text is not base64.
+
+    Depending on its version, Python's decoder accepts excess padding and non-zero trailing bits. To
+    encode the result again shows whether the text was its one correct encoding.
+    """
+    decoded = base64.b64decode(text, validate=True)
+    if base64.b64encode(decoded).decode() != text:
+        raise ValueError("not the canonical encoding")
+    return decoded
+
+
+def check_expiry(key: Key, now: Clock) -> None:
+    """Raise Refusal 401 if the key has expired."""
+    if key.expires is not None and key.expires <= now():
+        raise Refusal(401, "API token expired")  # the message that Segment's documentation gives
+
+
+# ---- Rung 6: the headers that describe the body --------------------------------------------------
+
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 §5.6.2
+
+# application/json (RFC 8259 §11), or a vendor's application/*+json (RFC 6839 §3.1), with any
+# parameters, of which some may be empty (RFC 9110 §5.6.6). A charset must be UTF-8. The possessive
+# `*+` never backtracks, so a long header cannot keep the matcher busy.
+JSON_TYPE = re.compile(
+    rf"""
+    application/ (?: {TOKEN} \+ )? json
+    (?:
+        [ \t]* ; [ \t]*
+        (?:
+            charset= (?: utf-?8 | "utf-?8" )
+            | (?! charset= ) {TOKEN} = (?: {TOKEN} | "[^"]*" )
+        )?
+    )*+
+    [ \t]*
+    """,
+    re.VERBOSE | re.IGNORECASE | re.ASCII,
 )
-COMMON = f"customer, message_id, user_id, anonymous_id, timestamp, received_at, {CONTEXT}"
-FIRST_LAST = "min(timestamp) as first_seen, max(timestamp) as last_seen"
 
-APPLICATION_ID, SCHEMA_VERSION = 0x5365676D, 1  # "Segm": in the header of the database files that are ours
-# received_at is when this receiver got a call; private_beta is Segment's condition for listing a destination publicly.
-SCHEMA = f"""
-create table calls (customer text not null, message_id text not null, type text not null, user_id text,
-    anonymous_id text, timestamp text not null, received_at text not null, call text not null,
-    primary key (customer, message_id));
-create index calls_by_user on calls (user_id, customer, type, timestamp);
-create index calls_by_group on calls ({GROUP_ID}, customer, timestamp, user_id) where type = 'group';
-create view identifies as select {COMMON}, {OWN_TRAITS} from calls where type = 'identify';
-create view tracks as select {COMMON}, call ->> '$.event' as event, {PROPERTIES} from calls where type = 'track';
-create view pages as select {COMMON}, call ->> '$.name' as name, {PROPERTIES} from calls where type = 'page';
-create view groups as select {COMMON}, {GROUP_ID} as group_id, {OWN_TRAITS} from calls where type = 'group';
-create view users as select customer, user_id,
-    {TRAITS.format(theirs="c.user_id = o.user_id and c.type = 'identify'")} as traits, {FIRST_LAST}
-    from calls o where user_id is not null group by user_id, customer;
-create view accounts as select customer, group_id,
-    {TRAITS.format(theirs=f"{GROUP_ID} = o.group_id and c.type = 'group'")} as traits,
-    count(distinct user_id) as members, {FIRST_LAST} from groups o group by group_id, customer;
-create view private_beta as select count(distinct customer) as customers, count(*) as events,
-    count(distinct customer) >= 10 or count(*) > 20000000 as fulfilled from calls;
-pragma application_id = {APPLICATION_ID};
-pragma user_version = {SCHEMA_VERSION}"""
-SAVE = """insert into calls values (:customer, :message_id, :type, :user_id, :anonymous_id, :timestamp,
-    strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), :call) on conflict (customer, message_id) do nothing"""
-FORGET = "delete from calls where customer = :customer and user_id = :user_id"
 
-SAME_FILE = "st_dev", "st_ino"  # both are the same as long as a path leads to the same file
-# Seconds to wait for a lock that another program has, and for a call to be stored. The second is over twice the first,
-# as the calls before it may wait for the lock too, and less than the 5 that the sender waits.
-LOCK_WAIT, ANSWER_WAIT = 2.0, 4.5
-AS_TEXT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-# A statement that waits to be written, its values, and whom to tell how many rows it changed, or which error it was.
-Change = tuple[str, Mapping[str, Any], Callable[[int | Exception], None]]
+def check_body_headers(request: Request, max_body: int) -> None:
+    """Raise Refusal unless the headers announce a JSON body of an acceptable length.
+
+    Status 411: there is no Content-Length (a chunked body has none). Status 413: the body is too
+    long. Status 415: it is not JSON in UTF-8, or it is compressed. A missing Content-Type counts as
+    application/json.
+    """
+    if request.length is None:
+        raise Refusal(411, "Missing Content-Length header")
+    if request.length > max_body:
+        raise Refusal(413, f"Body must be at most {max_body} bytes long")
+    media_type = request.headers.get("content-type", "application/json")
+    if media_type != "application/json" and not JSON_TYPE.fullmatch(media_type):
+        shown = short_repr(media_type)
+        raise Refusal(415, f"Content-Type must be application/json in UTF-8, not {shown}")
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.lower() != "identity":
+        message = f"Content-Encoding must be identity, not {short_repr(coding)}"
+        raise Refusal(415, message, {"Accept-Encoding": "identity"})  # RFC 9110 §15.5.16
+
+
+# ---- Rung 7: the body ----------------------------------------------------------------------------
+
+# The maximum nesting depth of arrays and objects. The JSON parsers of Python, SQLite and PostgreSQL
+# are safe at this depth; at a few thousand levels, some of them crash the process.
+MAX_DEPTH = 500
+
+# A JSON string, terminated or not, or a run of other text without brackets. The possessive
+# quantifiers keep the removal of all matches linear, whatever the text is.
+NOT_A_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[^\[\]{}"]++', re.DOTALL)
+
+ONE_CALL = "Body must be a single call; one request carries one call"
+
+
+def parse_body(body: bytes) -> dict[str, Any]:
+    """Return the call in a body. Raises Refusal 400 if the body is not a JSON object.
+
+    Keys at every depth are in snake_case, and the fields of a call have the protocol's names, in
+    whatever casing they were sent. Other values keep their meaning.
+    """
+    raw = parse_json(body, "Body")
+    if isinstance(raw, list):
+        raise Refusal(400, ONE_CALL)
+    if not isinstance(raw, dict):
+        raise Refusal(400, "Body must be a JSON object")
+    return recognize_fields(raw)
+
+
+def parse_settings(encoded: str) -> dict[str, Any]:
+    """Return the customer's settings from X-Segment-Settings: a JSON object, encoded in base64.
+
+    An empty header, `null` and `[]` mean that there are no settings. Raises Refusal 400 if the
+    header is not base64 of a JSON object.
+    """
+    if not encoded:
+        return {}
+    try:
+        data = decode_base64(encoded)
+    except ValueError:
+        raise Refusal(400, "X-Segment-Settings must be in base64") from None
+    settings = parse_json(data, "X-Segment-Settings")
+    if settings is None or settings == []:
+        return {}
+    if not isinstance(settings, dict):
+        raise Refusal(400, "X-Segment-Settings must be a JSON object")
+    return settings
+
+
+def parse_json(data: bytes, label: str) -> Any:
+    """Return a JSON value (RFC 8259, in UTF-8) with all keys in snake_case.
+
+    If a key is repeated, its last value counts. A number without a fraction or exponent is an exact
+    integer; any other number is a double. Raises Refusal 400, whose message begins with the label.
+    """
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise Refusal(400, f"{label} must be in UTF-8") from None
+    if not text.strip(" \t\r\n"):
+        raise Refusal(400, f"{label} must not be empty")
+    if text.startswith("\ufeff"):
+        raise Refusal(400, f"{label} must not begin with a byte-order mark")
+    # Counting brackets is quick, and spares nearly every body the exact check.
+    if text.count("[") + text.count("{") > MAX_DEPTH and nesting_depth(text) > MAX_DEPTH:
+        raise Refusal(400, f"{label} must be nested at most {MAX_DEPTH} levels deep")
+    try:
+        value = DECODER.decode(text)
+        if "\\" in text:  # an escape can produce an unpaired surrogate, which encode() rejects
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        position = error.pos + 1
+        raise Refusal(400, f"{label} must be JSON: syntax error at character {position}") from None
+    except UnicodeEncodeError:
+        raise Refusal(400, f"{label} must be JSON: unpaired surrogate") from None
+    except ValueError as error:
+        raise Refusal(400, f"{label} must be JSON: {error}") from None
+    return value
+
+
+def nesting_depth(text: str) -> int:
+    """Return the greatest number of brackets open at once. The text need not be valid JSON."""
+    brackets = NOT_A_BRACKET.sub("", text)
+    steps = (1 if bracket in "[{" else -1 for bracket in brackets)
+    return max(accumulate(steps, initial=0))
+
+
+def parse_double(text: str) -> float:
+    """Return a number as a double. Raises ValueError for NaN, Infinity, and an overflow."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{short_repr(text)} is not a number that fits a double")
+    return value
+
+
+def parse_integer(text: str) -> int:
+    """Return an exact integer. Raises ValueError if it would overflow a double.
+
+    Most JSON parsers read every number as a double, and would turn it into Infinity.
+    """
+    if len(text) > 308:  # a shorter number cannot overflow
+        parse_double(text)
+    return int(text)
+
+
+def snake_keys(members: dict[str, Any], /) -> dict[str, Any]:
+    """Return an object with its keys in snake_case.
+
+    If several keys have the same form in snake_case, the name goes to the key that is spelled so
+    already, or else to the first. The others keep their spelling, so that nothing is lost.
+    """
+    used_names = set(members)
+    renamed = {}
+    for key, value in members.items():
+        name = snake_case(key)
+        renamed[key if name in used_names else name] = value
+        used_names.add(name)
+    return renamed
+
+
+def snake_case(key: str, /) -> str:
+    """Return a key in snake_case: `userId`, `UserID`, `user-id` and `User Id` become `user_id`.
+
+    A capital letter starts a word after a lower-case letter or a digit, and also as the last of
+    several capitals before a lower-case letter (`HTMLParser` becomes `html_parser`). A hyphen or a
+    space becomes an underscore.
+    """
+    words = ""
+    for before, letter, after in zip(" " + key, key, key[1:] + " ", strict=False):
+        starts_word = before.islower() or before.isdigit() or (before.isupper() and after.islower())
+        if letter in " -":
+            words += "_"
+        elif letter.isupper() and starts_word:
+            words += "_" + letter
+        else:
+            words += letter
+    return words.lower()
+
+
+def make_decoder(object_hook: Callable[[dict[str, Any]], Any]) -> json.JSONDecoder:
+    """Return a JSON decoder that passes each object through the hook."""
+    return json.JSONDecoder(
+        object_hook=object_hook,
+        parse_int=parse_integer,
+        parse_float=parse_double,
+        parse_constant=parse_double,
+    )
+
+
+DECODER = make_decoder(snake_keys)
+
+
+def recognize_fields(raw: dict[str, Any]) -> dict[str, Any]:
+    """Give the fields of a call the protocol's names, in place, and return the call.
+
+    Field names are compared ignoring case, underscores, hyphens and spaces, so that `userid` is
+    recognized as `user_id`. If a field has several spellings, the protocol's own one counts, or
+    else the first.
+    """
+    for key in [key for key in raw if key not in FIELDS]:
+        name = FIELD_SPELLINGS.get(squash(key))
+        if name and raw.get(name) is None:
+            raw[name] = raw.pop(key)
+    return raw
+
+
+def squash(key: str) -> str:
+    """Return a key in lower case, without underscores, hyphens and spaces."""
+    return key.replace("_", "").replace("-", "").replace(" ", "").lower()
+
+
+# ---- Rungs 8 and 9: the type of call -------------------------------------------------------------
+
+
+class CallType(NamedTuple):
+    """What there is to know about one type of call.
+
+    A field that is an argument of some types only, such as `event`, is ignored in all other calls.
+    """
+
+    arguments: tuple[str, ...]  # the fields that a handler receives, before the whole call
+    required: str = ""  # a field that must not be missing or empty, besides the user
+
+
+# The types of the first published protocol, then the types that later revisions added.
+CALLS = {
+    "identify": CallType(("user_id", "traits")),  # who is this?
+    "track": CallType(("user_id", "event", "properties"), "event"),  # what are they doing?
+    "page": CallType(("user_id", "name", "properties")),  # where are they doing it?
+    "group": CallType(("user_id", "group_id", "traits"), "group_id"),  # what are they part of?
+    "delete": CallType(("user_id",), "user_id"),  # who wants to be forgotten? (not an anonymous_id)
+    "screen": CallType(("user_id", "name", "properties")),  # where in the app are they doing it?
+    "alias": CallType(("user_id", "previous_id"), "previous_id"),  # who were they before?
+}
+
+
+class Destination:
+    """Where calls go. A subclass supports the types of call for which it defines a method.
+
+    A method is called with the arguments in CALLS and then the whole call, for example
+    `identify(user_id, traits, call)`. It returns None for status 200, or HTTPStatus.ACCEPTED for
+    202. It raises Refusal to refuse the call. Any other exception is logged, and answered with 500.
+
+    Methods run in several threads at once; guard shared state.
+    """
+
+    failed = False  # true if the destination can no longer work; `main` then ends the process
+
+    def close(self) -> None:
+        """Release what the destination holds. The server calls this once, when it stops."""
+
+
+def find_handler(raw: Mapping[str, Any], destination: Destination) -> Callable[..., Any]:
+    """Return the destination's method for a call.
+
+    Raises Refusal 400 if the type is missing or not a string, and 501 if it is not supported.
+    """
+    call_type = raw.get("type")
+    if call_type is None and "batch" in raw:  # what analytics SDKs send to Segment
+        raise Refusal(400, ONE_CALL)
+    if call_type is None:
+        raise Refusal(400, "Missing type")
+    if not isinstance(call_type, str):
+        raise Refusal(400, "type must be a string")
+    handler: Callable[..., Any] | None = None
+    if call_type in CALLS:
+        handler = getattr(destination, call_type, None)
+    if handler is None:
+        raise Refusal(501, f"Unsupported type {short_repr(call_type)}")
+    return handler
+
+
+def check_permission(key: Key, call_type: str) -> None:
+    """Raise Refusal 403 if the API key may not send calls of this type."""
+    if key.calls is not None and call_type not in key.calls:
+        raise Refusal(403, f"This API key does not permit calls of type {call_type}")
+
+
+# ---- Rung 10: the fields -------------------------------------------------------------------------
+#
+# A 400 loses the call for good. So a call is refused only if it cannot be understood, or would be
+# misunderstood. Any other unexpected value is ignored, and stays in `raw` as it was sent.
+
+
+class Call:
+    """One call, after its fields have been checked.
+
+    A field has its default if it was missing, null, an empty id or time, invalid but tolerated, or
+    not used by this type of call. Times are text in UTC, such as 2026-01-15T09:41:07.250Z, which
+    sorts chronologically.
+    """
+
+    type: str  # a key of CALLS
+    user_id: str | None = None  # the customer's id of the user
+    anonymous_id: str | None = None  # the id of a visitor; this or user_id is always present
+    event: str | None = None  # track: what the user did
+    name: str | None = None  # page and screen
+    group_id: str | None = None  # group
+    previous_id: str | None = None  # alias
+    traits: dict[str, Any]  # identify: facts about the user; group: facts about the group
+    properties: dict[str, Any]  # track, page and screen
+    context: dict[str, Any]  # IP address, user agent, library, campaign, ...
+    integrations: Any = None  # the other destinations that received the call
+    message_id: str = ""  # unique per call, and the same on every retry and replay; never empty
+    timestamp: str = ""  # when it happened: order calls by this; never empty
+    sent_at: str | None = None  # when the client sent it
+    received_at: str | None = None  # when Segment received it
+    original_timestamp: str | None = None  # when it happened, by the client's own clock
+    version: Any = None  # of the Segment Spec
+
+    customer: str  # whose API key the call was sent with
+    settings: dict[str, Any]  # from X-Segment-Settings
+    raw: dict[str, Any]  # the whole call with its keys in snake_case, and its values as sent
+    size: int  # of the body, in bytes
+    outcome: str | None = None  # a word for the log, such as "duplicate"; the destination sets it
+
+    def __init__(
+        self,
+        call_type: str,
+        raw: dict[str, Any],
+        customer: str,
+        settings: dict[str, Any],
+        size: int,
+    ) -> None:
+        """Make a call whose fields have their defaults."""
+        self.type = call_type
+        self.traits = {}
+        self.properties = {}
+        self.context = {}
+        self.customer = customer
+        self.settings = settings
+        self.raw = raw
+        self.size = size
+
+
+def parse_call(
+    raw: dict[str, Any], customer: str, settings: dict[str, Any], size: int, now: Clock
+) -> Call:
+    """Return the call with its fields checked and its defaults filled in.
+
+    The size is that of the body, in bytes. Raises Refusal 400, naming the field, if a field is
+    invalid or a required field is missing.
+    """
+    call = Call(raw["type"], raw, customer, settings, size)
+    checks = CHECKS_BY_TYPE[call.type]
+    for name, value in raw.items():
+        if value is None or name not in checks:
+            continue
+        try:
+            checked = checks[name](value)
+        except ValueError as error:
+            if name not in TOLERATED:
+                raise Refusal(400, f"{name} {error}") from None
+        else:
+            if checked is not None:
+                setattr(call, name, checked)
+
+    check_required(call)
+    if not call.timestamp:
+        call.timestamp = call.original_timestamp or call.sent_at or now()
+    if not call.message_id:
+        # Without the sender's own id, a retry cannot be recognized: it counts as a new call.
+        call.message_id = str(uuid.uuid4())
+    return call
+
+
+def check_required(call: Call) -> None:
+    """Raise Refusal 400 unless the call has a user, and the field that its type requires."""
+    if call.user_id is None and call.anonymous_id is None:
+        raise Refusal(400, "Missing user_id or anonymous_id")
+    required = CALLS[call.type].required
+    if required and not getattr(call, required):
+        raise Refusal(400, f"Missing {required}")
+
+
+# The functions below raise a ValueError whose message continues a sentence: "user_id must be …".
+
+
+def check_id(value: Any) -> str | None:
+    """Return an id as text, or None if it is empty. An integer becomes its decimal digits."""
+    if isinstance(value, str):
+        if "\0" in value:  # some databases cut text at NUL, which could make two ids equal
+            raise ValueError("must not contain NUL")
+        return value or None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError("must be a string or an integer")
+
+
+def check_string(value: Any) -> str:
+    """Return a string."""
+    if isinstance(value, str):
+        return value
+    raise ValueError("must be a string")
+
+
+def check_object(value: Any) -> dict[str, Any]:
+    """Return an object. An empty array counts as one, because PHP encodes empty objects so."""
+    if isinstance(value, dict):
+        return value
+    if value == []:
+        return {}
+    raise ValueError("must be an object")
+
+
+def check_time(value: Any) -> str | None:
+    """Return a time in UTC, or None if it is empty."""
+    return None if value == "" else parse_time(value)
+
+
+def accept(value: Any) -> Any:
+    """Return any value."""
+    return value
+
+
+HOUR_MINUTE = r"(?:[01]\d|2[0-3]) : [0-5]\d"
+
+# A calendar date in extended form, alone or with a time, and the time with or without a zone. The
+# grammar is narrower than ISO 8601, and stays the same in every version of Python.
+ISO_8601 = re.compile(
+    rf"""
+    \d{{4}}-\d\d-\d\d
+    (?:
+        [Tt ] {HOUR_MINUTE} (?: : [0-5]\d (?: [.,]\d+ )? )?
+        (?: [Zz] | [+-] (?:[01]\d|2[0-3]) (?: :? [0-5]\d )? )?
+    )?
+    """,
+    re.VERBOSE | re.ASCII,
+)
+
+# The form that parse_time returns. Segment sends it too, so it is worth a shortcut.
+UTC_TIME = re.compile(r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d\.\d{3}Z", re.ASCII)
+
+
+def parse_time(value: Any) -> str:
+    """Return a time as text in UTC, cut to milliseconds. A time without a zone is taken as UTC.
+
+    Raises ValueError if the value is not a string that matches ISO_8601, or not a real date in the
+    years 1 to 9999.
+    """
+    try:
+        if UTC_TIME.fullmatch(value):
+            datetime.fromisoformat(value)  # raises ValueError for February 30
+            return str(value)
+        if not ISO_8601.fullmatch(value):
+            raise ValueError
+        moment = datetime.fromisoformat(value.upper())
+        if moment.tzinfo is not None:
+            moment = moment.astimezone(UTC)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError("must be an ISO 8601 time") from None
+    return moment.replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
+
+
+# The fields, and how to check each: by a function that returns the value for the Call, or None to
+# keep the default.
+FIELDS: dict[str, Callable[[Any], Any]] = {
+    "type": check_string,
+    "user_id": check_id,
+    "anonymous_id": check_id,
+    "event": check_string,
+    "name": check_string,
+    "group_id": check_id,
+    "previous_id": check_id,
+    "traits": check_object,
+    "properties": check_object,
+    "context": check_object,
+    "integrations": accept,
+    "message_id": check_id,
+    "timestamp": check_time,
+    "sent_at": check_time,
+    "received_at": check_time,
+    "original_timestamp": check_time,
+    "version": accept,
+}
+TOLERATED = {"context", "sent_at", "received_at", "original_timestamp"}  # ignored if invalid
+FIELD_SPELLINGS = {squash(name): name for name in FIELDS}
+
+# For each type of call, the fields that are checked. Fields that only other types use are left out.
+TYPE_SPECIFIC = {name for call in CALLS.values() for name in call.arguments} - {"user_id"}
+CHECKS_BY_TYPE = {
+    call_type: {
+        name: check
+        for name, check in FIELDS.items()
+        if name not in TYPE_SPECIFIC or name in call.arguments
+    }
+    for call_type, call in CALLS.items()
+}
+
+
+# ---- Rung 11: the destination --------------------------------------------------------------------
+
+
+def dispatch(handler: Callable[..., Any], call: Call) -> int:
+    """Call a handler, and return the status code: 200 if it returns None, or else its result.
+
+    Raises TypeError if the result is not 200 or 202. Exceptions from the handler propagate.
+    """
+    arguments = [getattr(call, name) for name in CALLS[call.type].arguments]
+    result = handler(*arguments, call)
+    if result is None:
+        return 200
+    if result not in (200, 202):
+        raise TypeError(f"a handler must return None, 200 or 202, not {short_repr(result)}")
+    return int(result)
+
+
+# ---- Speed ---------------------------------------------------------------------------------------
+#
+# A sender repeats itself: it has one API key, and the JSON objects in its calls have the same keys
+# again and again. This section caches what is computed from them. Without it, every answer would be
+# the same; the parameters that can be passed by position only (`/`) are there for its sake.
+
+
+class ShortTextCache(dict[str, str]):
+    """A cache of a function's results. Long texts are not cached, as they could fill the memory."""
+
+    def __init__(self, function: Callable[[str], str]) -> None:
+        """Cache the results of this function."""
+        self.function = function
+
+    def __missing__(self, text: str) -> str:
+        """Compute a result that is not in the cache."""
+        result = self.function(text)
+        if len(text) <= 100:
+            if len(self) >= 4096:
+                self.clear()
+            self[text] = result
+        return result
+
+
+key_digest = ShortTextCache(key_digest).__getitem__
+snake_case = ShortTextCache(snake_case).__getitem__
+
+
+def with_shortcut(
+    convert: Callable[[dict[str, Any]], dict[str, Any]],
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return `convert`, which is `snake_keys`, with a shortcut for known snake_case keys."""
+    known: set[str] = set()
+
+    def convert_unless_known(members: dict[str, Any], /) -> dict[str, Any]:
+        if known.issuperset(members):
+            return members
+        if len(known) >= 4096:
+            known.clear()
+        known.update(key for key in members if len(key) <= 100 and snake_case(key) == key)
+        return convert(members)
+
+    return convert_unless_known
+
+
+snake_keys = with_shortcut(snake_keys)
+DECODER = make_decoder(snake_keys)
+
+
+# ==================================================================================================
+# Part 2. Storing calls
+#
+# A reply of 200 is a promise that the call is on disk. `GroupCommit` makes this promise affordable
+# with any database. `Store` is the default destination, with all calls in one SQLite table.
+# ==================================================================================================
 
 log = logging.getLogger("receiver")
 
+STORE_TIMEOUT = 4.5  # seconds; the sender waits for a reply for about 5 seconds
+MAX_WAITING_CALLS = 1000
+MAX_WAITING_BYTES = 16_000_000
+
 
 class ConfigurationError(ValueError):
-    """An option, or a file that it names, cannot be used; the message is one line that says which and why."""
+    """A setting, or a file that a setting names, cannot be used. The message is one line."""
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(letter if letter.isprintable() else " " for letter in message))
+        """Set the message, with anything that is not printable replaced by spaces."""
+        super().__init__("".join(c if c.isprintable() else " " for c in message))
 
 
-class Store(Destination):
-    """Keeps each call in an SQLite file, once by customer and message_id; screen and alias it does not support.
+class Outcome(StrEnum):
+    """What a GroupCommit did with a call. Every outcome is acknowledged with status 200."""
 
-    What it has taken is on disk. Syncing is what costs, so the calls that wait at the same moment share a transaction,
-    which one thread writes.
+    stored = "stored"
+    duplicate = "duplicate"  # the customer sent a call with the same message_id before
+    forgotten = "forgotten"  # the user asked to be forgotten at or after the time of the call
+
+
+class WaitingCall(NamedTuple):
+    """A call that a connection thread has handed to the writer."""
+
+    call: Call
+    deadline: float  # monotonic time after which nobody waits for the result
+    result: queue.SimpleQueue[Outcome | Exception]
+
+
+class GroupCommit(Destination):
+    """A destination that stores, in one transaction, all calls that wait at the same moment.
+
+    Syncing to a disk or crossing a network costs about the same for one call as for fifty. So the
+    connection threads only queue their calls, and a single thread, the writer, stores the batches.
+
+    A subclass implements `write`, and may implement `open` and `shut`; all three run on the writer.
+    Its constructor must call `super().__init__()`, and should not use the network. To support
+    another type of call, such as `screen`, define its method as `return self.submit(call)`.
     """
 
-    def __init__(self, path: str = "calls.db") -> None:
-        """ConfigurationError if the file is no database of ours, which is then left as it is."""
+    def __init__(self) -> None:
+        """Prepare the queue. The first call starts the writer, once all constructors are done."""
+        self._is_open = False  # used by the writer only
+        self._writer = threading.Thread(target=self._run, name="writer", daemon=True)
+        self._changed = threading.Condition()  # guards the attributes below
+        self._waiting: list[WaitingCall] = []
+        self._waiting_bytes = 0
+        self._closing = False
+
+    def write(self, calls: Sequence[Call]) -> Sequence[Outcome | Refusal]:
+        """Store these calls in order, make them durable, and return the outcome of each.
+
+        A Refusal in place of an outcome refuses that call alone. Raising a Refusal refuses the
+        whole batch: raise 503 if the database cannot be reached. After any other exception, each
+        call is written again on its own, so that a fault in one call does not affect the others. So
+        before an exception leaves this method, the transaction must be rolled back.
+        """
+        raise NotImplementedError
+
+    def open(self) -> None:
+        """Connect to the database, before the first `write`. If that fails, it is tried again."""
+
+    def shut(self) -> None:
+        """Disconnect from the database, after the last `write`."""
+
+    def submit(self, call: Call) -> None:
+        """Have the writer store a call, wait until it has done so, and set `call.outcome`.
+
+        Raises Refusal 503 if that takes longer than STORE_TIMEOUT (although the call may still be
+        stored), if too many calls wait, or after `close`. Exceptions from `write` propagate.
+        """
+        waiting = WaitingCall(call, time.monotonic() + STORE_TIMEOUT, queue.SimpleQueue())
+        with self._changed:
+            if self._closing or self.failed:
+                raise Refusal(503, "Shutting down")
+            too_many = len(self._waiting) >= MAX_WAITING_CALLS
+            too_large = self._waiting_bytes + call.size > MAX_WAITING_BYTES
+            if too_many or (too_large and self._waiting):  # a single call of any size may wait
+                raise Refusal(503, "Too many calls are waiting to be stored")
+            self._waiting.append(waiting)
+            self._waiting_bytes += call.size
+            if self._writer.ident is None:
+                self._writer.start()
+            self._changed.notify()
+
         try:
-            self._db = open_database(path)
-        except (OSError, sqlite3.Error) as error:
-            raise ConfigurationError(f"{path}: {error}") from None
-        self._path = os.path.abspath(path)
-        self._file = look(self._path, *SAME_FILE)
-        self._waiting: queue.SimpleQueue[Change | None] = queue.SimpleQueue()
-        self._writer = threading.Thread(target=self._write, daemon=True)
-        self._writer.start()
-
-    def _keep(self, *fields: Any) -> None:
-        call: Call = fields[-1]
-        call.duplicate = not self._change(SAVE, {**vars(call), "call": AS_TEXT(call.raw)})
-
-    identify = track = page = group = _keep
-
-    def delete(self, user_id: str, call: Call) -> None:
-        """Forget everything of this user of this customer."""
-        self._change(FORGET, vars(call))
-
-    def _change(self, statement: str, values: Mapping[str, Any]) -> int:
-        """How many rows a statement changed, once that is on disk. Refusal 503 if it cannot be now."""
-        answers: queue.SimpleQueue[int | Exception] = queue.SimpleQueue()
-        self._waiting.put((statement, values, answers.put))
-        try:
-            outcome = answers.get(timeout=ANSWER_WAIT)
-        except queue.Empty:  # if it still is stored, its retry is a duplicate
+            result = waiting.result.get(timeout=max(0, waiting.deadline - time.monotonic()))
+        except queue.Empty:
             raise Refusal(503, "The call could not be stored in time") from None
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+        if isinstance(result, Refusal):  # several threads may share it, so each raises a copy
+            raise Refusal(result.status, result.message, result.headers)
+        if isinstance(result, Exception):
+            raise result
+        call.outcome = result
 
-    def _write(self) -> None:
-        """Write what waits, one transaction after another, until close()."""
-        batch: list[Change | None] = []
-        while None not in batch:  # that is what close() puts
-            batch = [self._waiting.get()]
-            while not self._waiting.empty():  # this ends: each thread waits for one change at the most
-                batch.append(self._waiting.get())
-            self._commit([change for change in batch if change])
-        self._db.close()
+    def _submit_call(self, *arguments: Any) -> None:
+        """Handle a call of any type: the whole call is the last argument."""
+        self.submit(arguments[-1])
 
-    def _commit(self, batch: list[Change]) -> None:
-        """Write these changes in one transaction and tell each what came of it. An error in one is its own."""
-        outcomes: list[int | Exception] = []
-        try:
-            self._db.execute("begin immediate")
-            if look(self._path, *SAME_FILE) != self._file:  # deleted or replaced: what is written now would be lost
-                raise FileNotFoundError(f"{self._path} is not the file that was opened at the start")
-            for statement, values, _ in batch:
-                try:
-                    outcomes.append(self._db.execute(statement, values).rowcount)
-                except (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError, ValueError) as error:
-                    outcomes.append(error)  # of this change alone, as if a text is too large for SQLite
-            self._db.execute("commit")
-        except Exception as error:  # whatever it is, the next transaction may succeed
-            log.error("%d calls could not be stored: %s", len(batch), error)
-            outcomes = [Refusal(503, "The call could not be stored for now") for _ in batch]
-            with suppress(sqlite3.Error):
-                self._db.execute("rollback")
-        for (_, _, tell), outcome in zip(batch, outcomes, strict=True):
-            tell(outcome)
+    identify = track = page = group = delete = _submit_call
 
     def close(self) -> None:
-        """Write what was taken, and close the file."""
-        self._waiting.put(None)
-        self._writer.join(ANSWER_WAIT)
+        """Store the calls that wait, and end the writer. This takes at most STORE_TIMEOUT."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._writer.is_alive():
+            self._writer.join(STORE_TIMEOUT)
+
+    def _run(self) -> None:
+        """Write one batch after another until `close` is called."""
+        try:
+            while self._write_next_batch():
+                pass
+            if self._is_open:
+                self.shut()
+        finally:
+            self.failed = not self._closing  # otherwise an exception ends the writer
+
+    def _write_next_batch(self) -> bool:
+        """Wait for calls and write them. Return False after `close`, once nothing waits.
+
+        This is a method of its own so that no variable keeps a batch in memory during the wait.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closing)
+            taken = self._waiting
+            self._waiting = []
+            self._waiting_bytes = 0
+        batch = [waiting for waiting in taken if time.monotonic() < waiting.deadline]
+        if batch:
+            results = self._write_batch([waiting.call for waiting in batch])
+            for waiting, result in zip(batch, results or self._write_each(batch), strict=True):
+                waiting.result.put(result)
+        return bool(taken) or not self._closing
+
+    def _write_batch(self, calls: list[Call]) -> Sequence[Outcome | Exception]:
+        """Write these calls and return the result of each, or nothing if each must be retried."""
+        try:
+            if not self._is_open:
+                self.open()
+                self._is_open = True
+            outcomes = self.write(calls)
+            if len(outcomes) != len(calls):
+                raise TypeError(f"write returned {len(outcomes)} outcomes for {len(calls)} calls")
+            return outcomes
+        except Refusal as refusal:
+            return [refusal] * len(calls)
+        except Exception as error:
+            if not self._is_open:
+                log.exception("The destination could not be opened")
+                return [Refusal(503, "The call cannot be stored at the moment")] * len(calls)
+            return [error] if len(calls) == 1 else []
+
+    def _write_each(self, batch: list[WaitingCall]) -> list[Outcome | Exception]:
+        """Write each call of a failed batch on its own, unless nobody waits for it any longer."""
+        results: list[Outcome | Exception] = []
+        for waiting in batch:
+            if time.monotonic() < waiting.deadline:
+                results += self._write_batch([waiting.call])
+            else:
+                results.append(Refusal(503, "The call could not be stored in time"))
+        return results
 
 
-def look(path: str, *fields: str) -> list[int]:
-    """These fields of a file's status, as os.stat() names them; none if there is no file, as for one in memory."""
-    with suppress(OSError):
-        status = os.stat(path)
-        return [getattr(status, field) for field in fields]
-    return []
+# ---- The schema of the database ------------------------------------------------------------------
+
+APPLICATION_ID = 0x5365676D  # "Segm", in the header of every database file of this program
+SCHEMA_VERSION = 2
+
+# The group_id of a call as text. `->>` would round an integer of more than 63 bits; `->` does not.
+GROUP_ID = """case json_type(call, '$.group_id')
+        when 'integer' then call -> '$.group_id'
+        else call ->> '$.group_id'
+    end"""
+
+
+def merged_traits(condition: str) -> str:
+    """Return SQL for the merged traits of a user or an account, as one JSON object.
+
+    Each trait has its value from the newest call that contains it, which may be null; of equally
+    new calls, the last received one counts. The condition selects the calls `c` that belong to the
+    user or account, which the surrounding query names `owner`.
+
+    `->` gives the JSON of a trait exactly as it was stored. It cannot look up a name that contains
+    a quotation mark; then the value is assembled from what json_each gives, and doubles are
+    rounded. Without "materialized", SQLite would sort a copy of the whole call for each trait.
+    """
+    return f"""(
+    with trait_values as materialized (
+        select
+            trait.key as name,
+            coalesce(
+                c.call -> trait.fullkey,
+                case
+                    when trait.type in ('object', 'array') then trait.value
+                    when trait.type in ('true', 'false', 'null') then trait.type
+                    else json_quote(trait.value)
+                end
+            ) as value,
+            c.timestamp as timestamp,
+            c.rowid as arrival
+        from calls as c, json_each(c.call, '$.traits') as trait
+        where {condition} and trait.key is not null -- traits that are null have a row without a key
+    )
+    select json_group_object(name, json(value)) from (
+        select name, value, row_number() over (
+            partition by name order by timestamp desc, arrival desc
+        ) as recency
+        from trait_values
+    ) where recency = 1
+)"""
+
+
+USER_TRAITS = merged_traits(
+    "c.user_id = owner.user_id and c.customer = owner.customer and c.type = 'identify'"
+)
+ACCOUNT_TRAITS = merged_traits(
+    f"{GROUP_ID} = owner.group_id and c.customer = owner.customer and c.type = 'group'"
+)
+
+COMMON_COLUMNS = """customer, message_id, user_id, anonymous_id, timestamp, received_at,
+    case json_type(call, '$.context') when 'object' then call -> '$.context' else '{}' end
+        as context"""
+TRAITS_COLUMN = """case json_type(call, '$.traits')
+        when 'object' then call -> '$.traits' else '{}' end as traits"""
+PROPERTIES_COLUMN = """case json_type(call, '$.properties')
+        when 'object' then call -> '$.properties' else '{}' end as properties"""
+
+# The statements are executed one by one, so no comment or text in them may contain a semicolon.
+SCHEMA = f"""
+create table calls (
+    customer text not null,
+    message_id text not null,
+    type text not null,
+    user_id text,
+    anonymous_id text,
+    timestamp text not null, -- when the call happened, according to its sender
+    received_at text not null, -- when this receiver got it (in the JSON: when Segment got it)
+    call text not null, -- the call as JSON, with its keys in snake_case
+    primary key (customer, message_id)
+);
+create index calls_by_user on calls (user_id, customer, type, timestamp);
+create index calls_by_group on calls ({GROUP_ID}, customer, timestamp, user_id)
+    where type = 'group';
+
+create view identifies as
+    select {COMMON_COLUMNS}, {TRAITS_COLUMN}
+    from calls where type = 'identify';
+create view tracks as
+    select {COMMON_COLUMNS}, call ->> '$.event' as event, {PROPERTIES_COLUMN}
+    from calls where type = 'track';
+create view pages as
+    select {COMMON_COLUMNS}, call ->> '$.name' as name, {PROPERTIES_COLUMN}
+    from calls where type = 'page';
+create view groups as
+    select {COMMON_COLUMNS}, {GROUP_ID} as group_id, {TRAITS_COLUMN}
+    from calls where type = 'group';
+
+create view users as
+    select customer, user_id, {USER_TRAITS} as traits,
+        min(timestamp) as first_seen, max(timestamp) as last_seen
+    from calls as owner where user_id is not null and type <> 'delete'
+    group by user_id, customer;
+create view accounts as
+    select customer, group_id, {ACCOUNT_TRAITS} as traits, count(distinct user_id) as members,
+        min(timestamp) as first_seen, max(timestamp) as last_seen
+    from groups as owner
+    group by group_id, customer;
+
+-- Segment lists a destination publicly after it has met this condition.
+create view private_beta as
+    select count(distinct customer) as customers, count(*) as events,
+        count(distinct customer) >= 10 or count(*) > 20000000 as fulfilled
+    from calls where type <> 'delete';
+
+pragma application_id = {APPLICATION_ID};
+pragma user_version = {SCHEMA_VERSION};
+"""
+
+# A call is not stored if its user was deleted at or after the time of the call, or if it is a
+# duplicate.
+INSERT_CALL = """
+    insert into calls
+    select :customer, :message_id, :type, :user_id, :anonymous_id, :timestamp, :received_at, :call
+    where not exists (
+        select 1 from calls
+        where customer = :customer and user_id = :user_id and type = 'delete'
+            and timestamp >= :timestamp
+    )
+    on conflict (customer, message_id) do nothing"""
+SELECT_CALL = "select 1 from calls where customer = :customer and message_id = :message_id"
+DELETE_USER = """
+    delete from calls
+    where customer = :customer and user_id = :user_id and type <> 'delete'
+        and timestamp <= :timestamp"""
+
+# The fields of a delete that are kept. Others might reveal something about the user.
+KEPT_IDS = ["type", "user_id", "anonymous_id", "message_id"]
+KEPT_TIMES = ["timestamp", "original_timestamp", "sent_at", "received_at"]
+
+
+# ---- The default destination ---------------------------------------------------------------------
+
+# Seconds to wait for another program that has locked the database. A call may wait for the lock
+# twice, because the batch before it does, too; so this is less than half of STORE_TIMEOUT.
+LOCK_TIMEOUT = 2.0
+
+# SQLite copies its write-ahead log (WAL) into the database when it has this many pages of 4 KiB,
+# and cuts it to that size again after a long-running reader has made it grow.
+WAL_PAGES = 4000
+WAL_BYTES = WAL_PAGES * 4096
+
+to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+class Store(GroupCommit):
+    """The default destination: every call becomes a row in an SQLite database.
+
+    A row is synced to disk before its call is acknowledged. A duplicate is acknowledged, but not
+    stored. A delete removes the user's calls up to its own timestamp; such calls that arrive
+    later are acknowledged, but not stored.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] = "calls.db") -> None:
+        """Open the database, or create it with mode 0600.
+
+        This happens here and not in `open`, so that a mistake is reported at the start. Raises
+        ConfigurationError if the database cannot be used; an existing file is left as it is.
+        """
+        super().__init__()
+        name = os.fspath(path)
+        try:
+            self._db = open_database(name)
+        except (OSError, sqlite3.Error) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ConfigurationError(f"{name}: {reason}") from None
+        self._path = os.path.abspath(name)
+        self._identity = file_identity(self._path)
+        self._truncate_pending = True  # deleted data may remain in the WAL from an earlier run
+
+    def write(self, calls: Sequence[Call]) -> Sequence[Outcome | Refusal]:
+        """Store these calls in one transaction."""
+        try:
+            with self._db:  # commits at the end, or rolls back after an exception
+                self._db.execute("begin immediate")
+                if file_identity(self._path) != self._identity:
+                    raise sqlite3.OperationalError("the file was deleted or replaced")
+                outcomes = [self._store(call) for call in calls]
+        except sqlite3.OperationalError as error:  # locked, full, read-only, ...
+            log.error("Cannot store calls (%d) in %s: %s", len(calls), self._path, error)
+            raise Refusal(503, "The call cannot be stored at the moment") from None
+        if self._truncate_pending:
+            self._truncate_wal()
+        return outcomes
+
+    def close(self) -> None:
+        """Store the calls that wait, and close the database."""
+        super().close()
+        if not self._writer.is_alive():  # a writer that hangs would make this hang, too
+            self._db.close()
+
+    def _store(self, call: Call) -> Outcome:
+        """Insert a call. If it is a delete, also remove the calls that it forgets."""
+        received_at = utc_now()
+        values = {
+            "customer": call.customer,
+            "message_id": call.message_id,
+            "type": call.type,
+            "user_id": call.user_id,
+            "anonymous_id": call.anonymous_id,
+            "timestamp": call.timestamp,
+            "received_at": received_at,
+        }
+        if call.type == "delete":
+            # A delete dated in the future must not forget calls that have not happened yet.
+            values["timestamp"] = min(call.timestamp, received_at)
+            fields = KEPT_IDS + KEPT_TIMES
+            kept = {name: call.raw[name] for name in fields if name in call.raw}
+            values["call"] = to_json(kept)
+        else:
+            values["call"] = to_json(call.raw)
+
+        if self._db.execute(INSERT_CALL, values).rowcount:
+            if call.type == "delete":
+                self._db.execute(DELETE_USER, values)
+                self._truncate_pending = True
+            return Outcome.stored
+        known = self._db.execute(SELECT_CALL, values).fetchone()
+        return Outcome.duplicate if known else Outcome.forgotten
+
+    def _truncate_wal(self) -> None:
+        """Remove deleted data from the WAL, unless a reader still uses it.
+
+        It does not wait for a reader, because calls wait meanwhile. Instead, it runs again after
+        each batch until it succeeds; closing the database removes the WAL, too.
+        """
+        with contextlib.suppress(sqlite3.Error):
+            self._db.execute("pragma busy_timeout = 0")
+            busy = self._db.execute("pragma wal_checkpoint(truncate)").fetchone()[0]
+            self._truncate_pending = bool(busy)
+        self._db.execute(f"pragma busy_timeout = {int(LOCK_TIMEOUT * 1000)}")
 
 
 def open_database(path: str) -> sqlite3.Connection:
-    """A connection to the database, which is made if it is not there. ConfigurationError if it is not ours."""
-    header = b""
-    with suppress(FileNotFoundError), open(path, "rb") as file:
-        header = file.read(100)  # by hand, as SQLite would change some files by only opening them
-    if not header and os.path.exists(f"{path}-wal"):  # SQLite would delete it, and the calls that are in it alone
-        raise ConfigurationError(f"{path}-wal is there, but not the {path} that it belongs to: move both, or none")
-    if header and (header[:16] != b"SQLite format 3\0" or int.from_bytes(header[68:72]) != APPLICATION_ID):
-        raise ConfigurationError(f"{path}: this is not a database of calls")
-    if header and int.from_bytes(header[60:64]) != SCHEMA_VERSION:
-        raise ConfigurationError(f"{path}: this database is of another version of the schema than {SCHEMA_VERSION}")
-    db = sqlite3.connect(path, timeout=LOCK_WAIT, isolation_level=None, check_same_thread=False)
+    """Return a connection to the database, which is created if it does not exist.
+
+    Raises ConfigurationError if the file belongs to another program or version, OSError or
+    sqlite3.Error if it cannot be opened.
+    """
+    if sqlite3.sqlite_version_info < (3, 38):
+        raise ConfigurationError(f"SQLite must be 3.38 or newer, not {sqlite3.sqlite_version}")
+    check_database_file(path)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    db = sqlite3.connect(
+        os.path.abspath(path), timeout=LOCK_TIMEOUT, isolation_level=None, check_same_thread=False
+    )
     try:
-        # The schema comes before WAL mode, so that after a crash in between the file still says whose it is.
-        db.execute("begin immediate")
-        if db.execute("pragma user_version").fetchone() == (0,):
-            for statement in SCHEMA.split(";"):
-                db.execute(statement)
-        db.execute("commit")
+        # Create the schema before switching to WAL mode, so that the header of the file identifies
+        # this program even after a crash in between. Another receiver may do the same at once.
+        with db:
+            db.execute("begin immediate")
+            if db.execute("pragma user_version").fetchone() == (0,):
+                for statement in SCHEMA.split(";"):
+                    db.execute(statement)
         db.execute("pragma journal_mode = wal")
-        db.execute("pragma synchronous = full")  # a commit returns when it is on disk
-        db.execute("pragma secure_delete = on")  # who is forgotten is in no unused page
-        db.execute("pragma wal_autocheckpoint = 4000")  # pages: to copy them to the file by the thousand is cheaper
+        db.execute("pragma synchronous = full")  # a commit returns once it is on disk
+        db.execute("pragma fullfsync = on")  # on macOS, nothing less reaches the disk
+        db.execute("pragma secure_delete = on")  # overwrite deleted rows, also in free pages
+        db.execute(f"pragma wal_autocheckpoint = {WAL_PAGES}")
+        db.execute(f"pragma journal_size_limit = {WAL_BYTES}")
     except sqlite3.Error:
         db.close()
         raise
     return db
 
 
-# ======================================================================================================================
-# 3. The server
+def check_database_file(path: str) -> None:
+    """Raise ConfigurationError if the file is not a database of calls.
+
+    A missing or empty file is fine. This reads the header itself, because opening a file with
+    SQLite can already change it.
+    """
+    if not path:
+        raise ConfigurationError("the name of the database must not be empty")
+    header = b""
+    if os.path.exists(path):
+        check_regular_file(path)
+        with open(path, "rb") as file:
+            header = file.read(100)
+    if not header:
+        if os.path.exists(f"{path}-wal"):  # SQLite would delete it, and with it stored calls
+            message = f"{path}-wal exists, but {path} is missing or empty"
+            raise ConfigurationError(f"{message}; restore it, or move the -wal file away")
+        return
+    application_id = int.from_bytes(header[68:72])
+    schema_version = int.from_bytes(header[60:64])
+    if header[:16] != b"SQLite format 3\0" or application_id != APPLICATION_ID:
+        raise ConfigurationError(f"{path}: not a database of calls")
+    if schema_version != SCHEMA_VERSION:
+        message = f"its schema is version {schema_version}, but must be {SCHEMA_VERSION}"
+        raise ConfigurationError(f"{path}: {message}")
+
+
+def file_identity(path: str) -> tuple[int, int] | None:
+    """Return the device and inode of a file, or None if it does not exist."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def check_regular_file(path: str) -> None:
+    """Raise ConfigurationError unless the path names a regular file.
+
+    Opening a FIFO would block forever.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise ConfigurationError(f"{path}: not a regular file")
+
+
+@lru_cache(maxsize=1)
+def utc_second(second: int) -> str:
+    """Format a Unix time in whole seconds, without a zone. Every line of the log needs it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
+def utc_now() -> str:
+    """Return the current time in UTC, as 2026-01-15T09:41:07.250Z."""
+    milliseconds = time.time_ns() // 1_000_000
+    return f"{utc_second(milliseconds // 1000)}.{milliseconds % 1000:03d}Z"
+
+
+# ==================================================================================================
+# Part 3. The server
 #
-# HTTP/1.1 over TLS, on http.server and ssl, with a thread for each connection. Sockets block, as that is fastest; each
-# connection has a deadline instead, past which the server's own thread hangs up, so that no client takes for ever.
-# ======================================================================================================================
+# HTTP/1.1 over TLS, built on `http.server` and `ssl`, with one thread per connection. Sockets
+# block, which is simple and fast. Instead of a timeout for each read, every connection has a
+# deadline. Once it has passed, the accept thread hangs up, even if bytes are still trickling in.
+# ==================================================================================================
 
-# ---- Rung 1: the head of a request -----------------------------------------------------------------------------------
+# ---- Rung 1: the head of a request ---------------------------------------------------------------
 #
-# The parser of http.server takes much that another program on the way reads differently, which is how requests are
-# smuggled. So this is the grammar of RFC 9112 and no more, and whatever it does not know ends the connection.
+# If two programs disagree about where a request ends, one request can be smuggled inside another.
+# The parser of `http.server` accepts much that others read differently. Therefore this section
+# implements the grammar of RFC 9112 strictly; a request that does not match it is refused, and its
+# connection closed.
 
-MAX_TARGET, MAX_HEAD, MAX_FIELDS = 8192, 65_536, 100
-request_line = lru_cache(maxsize=64)(re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])").fullmatch)  # §3
-FIELD_LINE = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)")  # §5, without the obsolete folding of §5.2
-BARE_LF = re.compile(rb"(?<!\r)\n")  # §2.2
-ONLY_ONCE = {"host", "content-length", "content-type", "authorization"}  # where two would be two readings
+MAX_TARGET = 8192  # bytes
+MAX_HEAD = 65_536  # bytes
+MAX_HEADERS = 100
+
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")  # RFC 9112 §3
+ABSOLUTE_FORM = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]+")  # RFC 9112 §3.2.2
+HEADER_LINE = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)")  # RFC 9112 §5, without folding
+BARE_LF = re.compile(rb"(?<!\r)\n")  # RFC 9112 §2.2
+
+# Headers that must not be repeated, because two programs could pick different values.
+SINGLETON_HEADERS = {"host", "content-length", "content-type", "authorization"}
 
 
-def parse_head(head: str, read: Callable[[], bytes]) -> tuple[Request, bool]:
-    """The request with this head, and whether the connection persists. Refusal if there are two readings, or none."""
-    line, *lines = head.split("\r\n")
-    parts = request_line(line)
+class Head(NamedTuple):
+    """The request line and headers of a request."""
+
+    method: str
+    target: str
+    headers: Mapping[str, str]  # without Content-Length
+    keep_alive: bool  # whether another request may follow on the connection
+    expects_continue: bool  # whether the client waits for "100 Continue" before it sends the body
+    length: int | None  # the Content-Length; stays the last field, for the section on speed
+
+
+def parse_head(head: str, /) -> Head:
+    """Parse the head of a request: its lines, without the empty line that ends it.
+
+    Raises Refusal 400, 414, 431 or 505 if it is malformed, too long, or of an unsupported version.
+    """
+    request_line, *header_lines = head.split("\r\n")
+    parts = REQUEST_LINE.fullmatch(request_line)
     if not parts:
-        raise Refusal(400, "The request line is not a method, a target and HTTP/1.1, with single blanks")
+        raise Refusal(400, "Malformed request line")
     method, target, major, minor = parts.groups()
-    require(len(target) <= MAX_TARGET, 414, "The target is longer than %s bytes", MAX_TARGET)
-    require(major == "1", 505, "Only HTTP/1.1 and HTTP/1.0 are spoken here")
-    headers = parse_fields(lines)
-    require(minor == "0" or "host" in headers, 400, "The Host header is missing")  # §3.2
-    length = parse_length(headers.get("content-length"))
-    chunked = "transfer-encoding" in headers
-    require(length is None or not chunked, 400, "There are both a Transfer-Encoding and a Content-Length")  # §6.1
-    if minor == "0":
-        headers.pop("expect", None)  # RFC 9110 §10.1.1
-    wishes = headers.get("connection", "").lower()
-    persists = "close" not in wishes and (minor != "0" or "keep-alive" in wishes) and not chunked  # §9.3
-    return Request(method, target, headers, length, read), persists
+    if len(target) > MAX_TARGET:
+        raise Refusal(414, f"Request target must be at most {MAX_TARGET} bytes long")
+    if major != "1":
+        raise Refusal(505, "HTTP version must be 1.1 or 1.0")
+
+    headers = parse_headers(header_lines)
+    is_http_1_0 = minor == "0"
+    if "host" not in headers and not is_http_1_0:
+        raise Refusal(400, "Missing Host header")
+    length = parse_length(headers.pop("content-length", None))
+    has_transfer_coding = "transfer-encoding" in headers
+    if length is not None and has_transfer_coding:  # the classic way to smuggle a request
+        raise Refusal(400, "Transfer-Encoding and Content-Length must not be combined")
+
+    options = [option.strip(" \t") for option in headers.get("connection", "").lower().split(",")]
+    wants_keep_alive = "keep-alive" in options if is_http_1_0 else True
+    # After any of these, the bytes that follow may not be an HTTP request.
+    changes_protocol = method == "CONNECT" or "upgrade" in headers or has_transfer_coding
+    keep_alive = wants_keep_alive and "close" not in options and not changes_protocol
+    expects_continue = headers.get("expect", "").lower() == "100-continue" and not is_http_1_0
+    return Head(method, origin_form(target), headers, keep_alive, expects_continue, length)
 
 
-def parse_fields(lines: list[str]) -> dict[str, str]:
-    """The header fields by names in lower case; the values of one name are joined by commas (RFC 9110 §5.3)."""
-    require(len(lines) <= MAX_FIELDS, 431, "There are more than %s header fields", MAX_FIELDS)
+def parse_headers(lines: list[str]) -> dict[str, str]:
+    """Return the headers by their names in lower case. Repeated headers are joined (RFC 9110 §5.3).
+
+    Raises Refusal 400 if a line is malformed, or a header repeated that must not be; Refusal 431 if
+    there are too many lines.
+    """
+    if len(lines) > MAX_HEADERS:
+        raise Refusal(431, f"Request must have at most {MAX_HEADERS} header lines")
     headers: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
-        field = parse_field(line)
-        if field is None:
-            raise Refusal(400, f"Header line {number} is not a name, a colon and a value")
-        name, value = field
+        parts = HEADER_LINE.fullmatch(line)
+        if not parts:
+            raise Refusal(400, f"Malformed header line {number}")
+        name = parts[1].lower()
+        value = parts[2].strip(" \t")
         if name in headers:
-            require(name not in ONLY_ONCE, 400, "The header %s is there twice", name)
+            if name == "content-type" and value == headers[name]:
+                continue  # some senders repeat it; an identical value does no harm
+            if name in SINGLETON_HEADERS:
+                raise Refusal(400, f"Repeated {name} header")
             value = f"{headers[name]}, {value}"
         headers[name] = value
     return headers
 
 
-@lru_cache(maxsize=64)  # few, as each may be as long as a head
-def parse_field(line: str) -> tuple[str, str] | None:
-    """The name, in lower case, and the value in a line of the head; None if it is not that."""
-    parts = FIELD_LINE.fullmatch(line)  # blanks included: to try all ways to leave them out could take minutes
-    return parts and (parts[1].lower(), parts[2].strip(" \t"))
-
-
 def parse_length(text: str | None) -> int | None:
-    """A Content-Length in bytes (RFC 9110 §8.6)."""
+    """Return a Content-Length in bytes (RFC 9110 §8.6). Raises Refusal 400."""
     if text is None:
         return None
-    require(text.isascii() and text.isdigit(), 400, "The Content-Length %s is not plain digits", text)
-    return int(text) if len(text) < 20 else sys.maxsize  # too long anyway, and int() takes no thousands of digits
+    if not (text.isascii() and text.isdigit()):  # int() would accept a sign and underscores
+        raise Refusal(400, f"Content-Length must be an integer in digits, not {short_repr(text)}")
+    digits = text.lstrip("0")[:19]  # 19 digits exceed any limit; int() is slow on thousands
+    return int(digits or "0")
 
 
-# ---- One connection --------------------------------------------------------------------------------------------------
+def origin_form(target: str) -> str:
+    """Return the path and query of a target in absolute form. Any other target is unchanged."""
+    absolute = ABSOLUTE_FORM.match(target)
+    if not absolute:
+        return target
+    rest = target[absolute.end() :]
+    return rest if rest.startswith("/") else f"/{rest}"
 
-CHUNK = 16_384  # bytes: the most that one record of TLS holds
-LINGER = 2.0  # seconds that a client has to read the last reply
-REASONS = {status.value: status.phrase for status in HTTPStatus}
+
+# ---- Speed ---------------------------------------------------------------------------------------
+#
+# The heads of one sender differ in nothing but their Content-Length. So this section caches parsed
+# heads, with that number replaced by 0. Without it, every answer would be the same.
+
+
+def with_head_cache(parse: Callable[[str], Head]) -> Callable[[str], Head]:
+    """Return `parse`, which is `parse_head`, with a cache that ignores the Content-Length."""
+    cached_parse = lru_cache(maxsize=64)(parse)
+
+    def parse_cached(head: str, /) -> Head:
+        before, name, after = head.partition("\r\nContent-Length: ")
+        digits, line_end, rest = after.partition("\r\n")
+        # A long head would need much memory. Unusual digits need the full check.
+        if len(head) > 2000 or len(digits) > 9 or not (digits.isascii() and digits.isdigit()):
+            return parse(head)
+        cached = cached_parse(f"{before}{name}0{line_end}{rest}")
+        return Head(*cached[:-1], length=int(digits))
+
+    return parse_cached
+
+
+parse_head = with_head_cache(parse_head)
+
+
+# ---- One connection ------------------------------------------------------------------------------
+
+RECEIVE_SIZE = 16_384  # bytes; a TLS record holds at most this many
+LINGER = 2.0  # seconds for a client to read the last reply
+PLAIN_HTTP = re.compile(rb"[A-Z]+ ")  # a TLS connection never begins like this
+REASON_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 @lru_cache(maxsize=1)
-def dates(second: int) -> tuple[str, str]:
-    """A second as the Date of a reply has it (RFC 9110 §6.6.1), and as utc() does but for the milliseconds."""
-    return formatdate(second, usegmt=True), time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-
-
-def utc_now() -> str:
-    """The time now, as utc() writes it."""
-    milliseconds = time.time_ns() // 1_000_000
-    return f"{dates(milliseconds // 1000)[1]}.{milliseconds % 1000:03d}Z"
+def http_date(second: int) -> str:
+    """Format a Unix time for the Date header (RFC 9110 §6.6.1)."""
+    return formatdate(second, usegmt=True)
 
 
 class Connection(BaseHTTPRequestHandler):
-    """One client's connection in a thread of its own, from the handshake to the last reply.
+    """One connection, from the TLS handshake to the last reply, in a thread of its own.
 
-    Of BaseHTTPRequestHandler it keeps the loop; reading and writing are its own, to be strict and quick.
+    BaseHTTPRequestHandler contributes the loop over requests. This class reads and writes by
+    itself, because the parser of `http.server` is lenient. Other threads use the attributes that
+    are marked as shared; see the table in the section "All connections".
     """
 
     server: Server
 
     def setup(self) -> None:
-        """Prepare TLS; the handshake comes once the server knows this connection and its deadline."""
-        self.deadline = time.monotonic() + self.server.options.timeout  # when the server hangs up
-        self.idle_since = math.inf  # since when it waits for a request to begin, if it does
-        self.served = self.hung_up = False  # has had a request; the server has hung up
-        self.buffer = bytearray()  # what was received and not yet read
-        self.unread, self.expects = 0, False  # bytes of the body still to read; the client wants a "100 Continue"
+        """Prepare the connection, and make it known to the server."""
+        self.accepted_at = time.monotonic()
+        self.deadline = self.accepted_at + self.server.options.timeout  # shared
+        self.idle_since: float | None = None  # shared; when it began to wait for another request
+        self.head_received = False  # shared; whether any request has had a complete head
+        self.has_replied = False
+        self.hung_up = False  # shared; the server has shut down reading
+        self.evicted = False  # shared; the server has hung up to make room
+
+        self.buffer = bytearray()  # received, but not yet processed
+        self.body_left = 0  # bytes of the current body that are not yet processed
+        self.expects_continue = False
+
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # else Linux keeps replies that nobody reads, megabytes, for minutes
-            patience = int(self.server.options.timeout * 1000)  # milliseconds
-            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
-        self.tls = self.server.context.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
+        # Otherwise the kernel would hold a reply that the client does not read for many minutes.
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            milliseconds = int(self.server.options.timeout * 1000)
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+        self.tls = self.server.tls_context.wrap_socket(
+            self.request, server_side=True, do_handshake_on_connect=False
+        )
         self.server.connections.add(self)
 
     def handle(self) -> None:
-        """The handshake, and then one request after another."""
-        self.tls.do_handshake()
-        with suppress(OSError):  # the client is gone
+        """Do the TLS handshake, and then handle one request after another."""
+        try:
+            # The method of the plain socket bypasses TLS, here and in the methods below.
+            opening = socket.socket.recv(self.tls, 8, socket.MSG_PEEK)
+            if PLAIN_HTTP.match(opening):
+                self.refuse_plain_http(opening)
+                return
+            if not opening:
+                return  # the client has only probed the port
+            self.tls.do_handshake()
+        except OSError:
+            if self.hung_up:
+                return  # nobody was there to complain to, so the log has no line either
+            raise
+        with contextlib.suppress(OSError):  # the connection is broken
             super().handle()
 
+    def finish(self) -> None:
+        """Close the connection gracefully, and make the server forget it, whatever happens."""
+        try:
+            self.drain()
+        finally:
+            self.server.connections.discard(self)
+            self.tls.close()
+
+    # -- Requests --
+
     def handle_one_request(self) -> None:
-        """One request and its reply; then close_connection says whether it was the last."""
-        self.close_connection, options = True, self.server.options
-        if not self.buffer:
-            self.idle_since = time.monotonic()
-            self.buffer += self.tls.recv(CHUNK)
-        self.idle_since = math.inf
-        if not self.buffer:
-            return  # the client has gone, or was silent for too long
-        if self.served:  # the deadline of the first request began before the handshake
-            self.deadline = time.monotonic() + options.timeout
-        self.command = ""  # a head that is refused has none
-        reply = self.server.receiver.reply(self.read_request)
-        # The connection ends too where nobody knows whether a refused body comes, and where it is too long to skip.
-        if self.server.stopping or self.hung_up or (self.unread and (self.expects or self.unread > options.max_body)):
-            self.close_connection = True
-        self.deadline = time.monotonic() + options.timeout
+        """Handle one request. Set `close_connection` if no other request can follow."""
+        self.close_connection = True
+        if not self.wait_for_request():
+            return
+        started = time.monotonic()
+        reply = self.make_reply()
+        if self.evicted and not self.head_received:
+            return  # there was no request yet, only a part of its head
+
+        self.server.log_request(reply, time.monotonic() - started)
+        self.close_connection = self.close_connection or self.must_close(reply)
+        if not self.hung_up:  # otherwise the time for a last reply is running
+            self.set_deadline(self.server.options.timeout)
         self.send(reply)
-        if self.unread and not self.close_connection:
-            with suppress(Refusal):
-                self.read_body()  # of a refused request, to get past it
-        self.served, self.deadline = True, time.monotonic() + options.keep_alive
+        if not self.close_connection:
+            self.discard_body()
+        self.has_replied = True
+        self.set_deadline(self.server.options.keep_alive)
+
+    def wait_for_request(self) -> bool:
+        """Wait for the first bytes of a request. Return False if the connection ends instead."""
+        if not self.buffer:
+            if self.has_replied:
+                self.idle_since = time.monotonic()
+            self.buffer += self.tls.recv(RECEIVE_SIZE)
+            self.idle_since = None
+        if self.has_replied:  # the time for the first request has begun in setup()
+            self.set_deadline(self.server.options.timeout)
+        return bool(self.buffer)
+
+    def make_reply(self) -> Reply:
+        """Read a request, and return the reply to it."""
+        self.command = ""  # the method, once it is known
+        try:
+            request = self.read_request()
+        except Refusal as refusal:
+            if not self.command and self.buffer.startswith(b"HEAD "):
+                self.command = "HEAD"  # not even this reply may have a body
+            return error_reply(refusal)
+        return answer(request, self.server.endpoint, utc_now)
+
+    def must_close(self, reply: Reply) -> bool:
+        """Return whether the connection must close after this reply."""
+        # The body has no known length, or the client may never send it.
+        unknown_body = reply.status == 411 or (self.expects_continue and self.body_left > 0)
+        too_long = self.body_left > self.server.options.max_body
+        return unknown_body or too_long or self.hung_up or self.server.stopping
 
     def read_request(self) -> Request:
-        """The request, its body not read yet. Refusal if it is none."""
-        request, persists = parse_head(self.read_head(), self.read_body)
-        self.close_connection = not persists
-        self.command, self.unread = request.method, request.length or 0
-        self.expects = request.headers.get("expect", "").lower() == "100-continue"
-        return request
-
-    def receive(self, what: str) -> None:
-        """Add what comes next to the buffer, in the middle of a request. Refusal if nothing does."""
-        before = len(self.buffer)
-        with suppress(OSError):  # the client is gone
-            self.buffer += self.tls.recv(CHUNK)
-        if self.hung_up or len(self.buffer) == before:
-            self.close_connection = True
-            require(not self.server.stopping, 503, "Shutting down")
-            require(not self.hung_up, 408, f"{what} did not come within {self.server.options.timeout:g} seconds")
-            raise Refusal(400, f"{what} ended early")
+        """Return the next request, whose body is not read yet. Raises Refusal."""
+        text = self.read_head()
+        self.head_received = True
+        self.command = text.partition(" ")[0]
+        head = parse_head(text)
+        self.close_connection = not head.keep_alive
+        self.body_left = head.length or 0
+        self.expects_continue = head.expects_continue
+        return Request(head.method, head.target, head.headers, head.length, self.read_body)
 
     def read_head(self) -> str:
-        """The head, up to the empty line that ends it. Refusal if it does not come whole."""
-        # What is wrong is refused at once, not when the rest is late; and no byte is looked at twice, however few come.
-        looked = 0
-        while (end := self.buffer.find(b"\r\n\r\n", looked)) < 0 or end > MAX_HEAD:
-            require(not BARE_LF.search(self.buffer, looked), 400, "A line of the head does not end in CR LF")
-            require(len(self.buffer) <= MAX_HEAD, 431, "The head is longer than %s bytes", MAX_HEAD)
-            in_line = len(self.buffer) > MAX_TARGET + 99 and b"\r\n" not in self.buffer  # 99: method and version
-            require(not in_line, 414, "The target is longer than %s bytes", MAX_TARGET)
-            looked = max(0, len(self.buffer) - 3)
-            self.receive("The head")
+        """Return the head of a request.
+
+        Raises Refusal if it is too long or has a bare line feed, without waiting for its end, or if
+        the connection ends first.
+        """
+        resume_at = 0  # where the search for the end of the head resumes
+        while (end := self.buffer.find(b"\r\n\r\n", resume_at)) < 0:
+            check_partial_head(self.buffer, resume_at)
+            resume_at = max(0, len(self.buffer) - 3)
+            self.receive("Request head")
+        check_partial_head(self.buffer[:end], end)
         head = self.buffer[:end].decode("latin-1")
         del self.buffer[: end + 4]
-        return head.removeprefix("\r\n")  # an empty line before a request (RFC 9112 §2.2)
+        return head.removeprefix("\r\n")  # one empty line may come first (RFC 9112 §2.2)
 
     def read_body(self) -> bytes:
-        """The body. The deadline is over then: what follows is our own work."""
-        if self.expects and self.unread and not self.buffer:
-            with suppress(OSError):
+        """Return the body, and lift the deadline: from here on, any delay is ours.
+
+        Raises Refusal 408, 400 or 503 if the connection ends before the body does.
+        """
+        if self.expects_continue and self.body_left and not self.buffer:
+            with contextlib.suppress(OSError):
                 self.tls.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        while len(self.buffer) < self.unread:
-            self.receive("The body")
-        body = bytes(self.buffer[: self.unread])
-        del self.buffer[: self.unread]
-        self.unread, self.deadline = 0, math.inf
+        while len(self.buffer) < self.body_left:
+            self.receive("Body")
+        body = bytes(self.buffer[: self.body_left])
+        del self.buffer[: self.body_left]
+        self.body_left = 0
+        self.deadline = math.inf
         return body
 
+    def discard_body(self) -> None:
+        """Read the rest of a refused body and drop it as it arrives, to save memory."""
+        while self.body_left:
+            if not self.buffer:
+                self.buffer += self.tls.recv(RECEIVE_SIZE)
+                if not self.buffer:
+                    self.close_connection = True
+                    return
+            dropped = min(self.body_left, len(self.buffer))
+            del self.buffer[:dropped]
+            self.body_left -= dropped
+
+    def receive(self, label: str) -> None:
+        """Add received bytes to the buffer. Raises Refusal if the connection ends instead."""
+        received = b""
+        with contextlib.suppress(OSError):
+            received = self.tls.recv(RECEIVE_SIZE)
+        if received and not self.hung_up:
+            self.buffer += received
+            return
+        self.close_connection = True
+        if self.server.stopping:
+            raise Refusal(503, "Shutting down")
+        if self.evicted:
+            raise Refusal(503, "Too many connections")
+        if self.hung_up:
+            seconds = self.server.options.timeout
+            raise Refusal(408, f"{label} did not arrive within {seconds:g} seconds")
+        raise Refusal(400, f"{label} ended early")
+
+    # -- Replies --
+
     def send(self, reply: Reply) -> None:
-        """Send a reply, in one write if the connection takes it."""
-        status, fields, body = rendered(reply)
-        lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()]) if fields else ""
-        head = (
-            f"HTTP/1.1 {status}\r\nDate: {dates(int(time.time()))[0]}\r\n{lines}"
-            f"Connection: {'close' if self.close_connection else 'keep-alive'}\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        data = head.encode() + (body if self.command != "HEAD" else b"")
-        while data:  # sendall() costs more than this loop
-            data = data[self.tls.send(data) :]
+        """Send a reply."""
+        message = render_message(reply, self.close_connection, self.command == "HEAD")
+        while message:  # SSLSocket.sendall() would add a measurable overhead
+            message = message[self.tls.send(message) :]
+
+    def refuse_plain_http(self, opening: bytes) -> None:
+        """Tell a client that speaks plain HTTP to use HTTPS."""
+        reply = error_reply(Refusal(400, "This port speaks HTTPS; use https://"))
+        self.server.log_request(reply, 0)
+        message = render_message(reply, close=True, head_only=opening.startswith(b"HEAD "))
+        socket.socket.sendall(self.tls, message)
+
+    def drain(self) -> None:
+        """Let the client read the last reply before the connection closes.
+
+        Closing with unread input sends a reset, which could destroy the reply before the client has
+        read it. So shut down the sending side, and read until the client closes, too.
+        """
+        end = time.monotonic() + LINGER
+        self.deadline = math.inf
+        self.tls.settimeout(LINGER)
+        with contextlib.suppress(OSError, ValueError):  # ValueError: there was no handshake
+            self.tls.unwrap()  # sends close_notify, and waits for that of the client
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.tls, socket.SHUT_WR)
+            while time.monotonic() < end and socket.socket.recv(self.tls, RECEIVE_SIZE):
+                pass
+
+    # -- Deadlines --
+
+    def set_deadline(self, seconds: float) -> None:
+        """Set the deadline, in seconds from now."""
+        self.deadline = time.monotonic() + seconds
 
     def hang_up(self) -> None:
-        """End the reading, from the thread of the server; a reply can still go out. Called again, end all of it.
+        """Shut down reading, so that the connection's own thread wakes up. Called by other threads.
 
-        It is the plain socket's shutdown, as that of SSLSocket would end the encryption that the other thread uses.
+        That thread can still send a last reply; a second call shuts down writing, too. This uses
+        the plain socket, because two threads must not use the TLS object at the same time.
         """
         how = socket.SHUT_RDWR if self.hung_up else socket.SHUT_RD
-        self.hung_up, self.deadline = True, time.monotonic() + LINGER
-        with suppress(OSError):
+        self.hung_up = True
+        self.set_deadline(LINGER)
+        with contextlib.suppress(OSError):
             socket.socket.shutdown(self.tls, how)
 
-    def finish(self) -> None:
-        """Close, but let the client read the last reply before: a close on unread bytes is a reset, and may undo it."""
-        end = time.monotonic() + LINGER
-        self.tls.settimeout(LINGER)
-        with suppress(OSError, ValueError):
-            self.tls.unwrap()  # TLS's goodbye
-        with suppress(OSError):
-            socket.socket.shutdown(self.tls, socket.SHUT_WR)
-            while time.monotonic() < end and socket.socket.recv(self.tls, CHUNK):
-                pass
-        self.server.connections.discard(self)
-        self.tls.close()
+
+def check_partial_head(buffer: bytearray, checked: int) -> None:
+    """Raise Refusal if a head, complete or not, is too long or has a bare line feed.
+
+    The first bytes, as many as `checked` says, are not checked for line feeds again.
+    """
+    if BARE_LF.search(buffer, checked):
+        raise Refusal(400, "Malformed line; every line must end in CR LF")
+    if len(buffer) > MAX_HEAD:
+        raise Refusal(431, f"Request head must be at most {MAX_HEAD} bytes long")
+    longest_line = MAX_TARGET + 99  # leaves room for the method and the version
+    if len(buffer) > longest_line and b"\r\n" not in buffer:
+        raise Refusal(414, f"Request target must be at most {MAX_TARGET} bytes long")
 
 
-def rendered(reply: Reply) -> tuple[str, Mapping[str, str], bytes]:
-    """A reply as HTTP has it: the status with its reason, its own header fields, and the body."""
-    body = json.dumps(reply.body).encode() if reply.body else b""
-    fields = {**reply.fields, "Content-Type": "application/json"} if body else reply.fields
-    return f"{reply.status} {REASONS.get(reply.status, '')}", fields, body
+def render(reply: Reply) -> tuple[str, Mapping[str, str], bytes]:
+    """Return the status (such as "200 OK"), the headers, and the body of a reply."""
+    status = f"{reply.status} {REASON_PHRASES.get(reply.status, '')}"
+    if not reply.body:
+        return status, reply.headers, b""
+    headers = {**reply.headers, "Content-Type": "application/json"}
+    return status, headers, json.dumps(reply.body).encode()
 
 
-def plain(word: object) -> str:
-    """A word of a log line: as it is if it is one printable word, else escaped; a hyphen if there is none."""
-    if isinstance(word, str) and len(word) <= 80 and word.isprintable() and " " not in word:
-        return word or "-"
-    return quoted(word) if word else "-"
+def render_message(reply: Reply, close: bool, head_only: bool) -> bytes:
+    """Return a reply as an HTTP message. The reply to a HEAD request has no body."""
+    status, headers, body = render(reply)
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    connection = "close" if close else "keep-alive"
+    head = (
+        f"HTTP/1.1 {status}\r\nDate: {http_date(int(time.time()))}\r\n{lines}"
+        f"Connection: {connection}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() if head_only else head.encode() + body
 
 
-# ---- An endpoint in service, and its keys file -----------------------------------------------------------------------
+# ---- The keys file -------------------------------------------------------------------------------
 
-DEMO_KEYS = {hashlib.sha256(key).hexdigest() for key in (b"segment", b"segment-expired", b"segment-identify-only")}
-CHANGES = "st_ctime_ns", "st_ino"  # one of the two is another whenever a file's text is
+DEMO_DIGESTS = {
+    hashlib.sha256(api_key).hexdigest()
+    for api_key in (b"segment", b"segment-expired", b"segment-identify-only")
+}
 
 
-def parse_keys(text: str) -> dict[str, Key]:
-    """The text of a keys file as keys by digest. ValueError names the entry that is wrong."""
-    entries, keys = json.loads(text), dict[str, Key]()
-    if not isinstance(entries, list):
-        raise ValueError("it is not a JSON array")
-    for number, entry in enumerate(entries, 1):
+class Keyring:
+    """The API keys in a file, which is read again when it changes."""
+
+    def __init__(self, path: str, allow_demo_keys: bool = True) -> None:
+        """Read the file. Raises ConfigurationError if it cannot be used.
+
+        Everybody knows the demo keys, so they must not be allowed on an address that others reach.
+        """
+        self.path = path
+        self.allow_demo_keys = allow_demo_keys
+        self._stamp = file_stamp(path)  # taken before reading, so that no change is missed
+        self.keys: Mapping[str, Key] = self._read()  # by digest; replaced as a whole
+
+    def refresh(self, force: bool = False) -> None:
+        """Read the file again if it has changed. If it cannot be used, keep the current keys."""
+        stamp = file_stamp(self.path)
+        if stamp == self._stamp and not force:
+            return
+        self._stamp = stamp
         try:
-            digest, key = parse_key(**entry)  # Python itself refuses a member that is missing or that nobody knows
-        except (TypeError, ValueError) as error:
+            self.keys = self._read()
+        except ConfigurationError as error:
+            log.error("Keeping the previous keys: %s", error)
+        else:
+            log.warning("Read %d keys from %s", len(self.keys), self.path)
+
+    def _read(self) -> dict[str, Key]:
+        """Return the keys in the file. Raises ConfigurationError."""
+        check_regular_file(self.path)
+        try:
+            keys = parse_keys(Path(self.path).read_bytes())
+        except OSError as error:
+            raise ConfigurationError(f"{self.path}: {error.strerror}") from None
+        except ValueError as error:
+            raise ConfigurationError(f"{self.path}: {error}") from None
+        if DEMO_DIGESTS & keys.keys() and not self.allow_demo_keys:
+            raise ConfigurationError(
+                f"{self.path} holds a demo key, which everybody knows, so --bind must be a loopback"
+                " address; make your own keys with --add-key CUSTOMER --api-keys FILE"
+            )
+        return keys
+
+
+def file_stamp(path: str) -> tuple[int, ...]:
+    """Return metadata of a file that changes whenever its content does; () if there is no file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def parse_keys(data: bytes) -> dict[str, Key]:
+    """Return the keys in the content of a keys file, by digest.
+
+    Raises ValueError, naming the entry, if one is invalid.
+    """
+    keys: dict[str, Key] = {}
+    for number, entry in enumerate(parse_entries(data), 1):
+        try:
+            digest, key = parse_key(entry)
+            if digest in keys:
+                raise ValueError("sha256 must not be repeated")
+        except ValueError as error:
             raise ValueError(f"entry {number}: {error}") from None
-        if digest in keys:
-            raise ValueError(f"entry {number}: this sha256 was there before")
         keys[digest] = key
     return keys
 
 
-def parse_key(customer: str, sha256: str, calls: list[str] | None = None, expires: Any = None) -> tuple[str, Key]:
-    """One entry of a keys file. TypeError or ValueError says what is wrong with it."""
-    if not (isinstance(customer, str) and customer and customer.isprintable()):
-        raise ValueError("customer is not a name")
-    if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
-        raise ValueError("sha256 is not 64 hexadecimal digits in small letters")
-    if calls is not None and not (isinstance(calls, list) and CALLS.keys() >= set(calls)):
-        raise ValueError(f"calls is not an array of {', '.join(CALLS)}")
+def parse_entries(data: bytes) -> list[Any]:
+    """Return the entries in the content of a keys file. Raises ValueError."""
     try:
-        expires = None if expires is None else utc(expires)
-    except ValueError as error:
-        raise ValueError(f"expires is {error}") from None
-    return sha256, Key(customer, None if calls is None else frozenset(calls), expires)
+        entries = json.loads(data)
+    except json.JSONDecodeError as error:
+        message = f"must be JSON: syntax error at line {error.lineno}, column {error.colno}"
+        raise ValueError(message) from None
+    except (ValueError, RecursionError):
+        raise ValueError("must be JSON") from None
+    if not isinstance(entries, list):
+        raise ValueError("must be a JSON array")
+    return entries
 
 
-class Receiver:
-    """An endpoint in service: what the server and the WSGI callable share."""
+def parse_key(entry: Any) -> tuple[str, Key]:
+    """Return one entry of a keys file as a digest and a key. Raises ValueError."""
+    if not isinstance(entry, dict):
+        raise ValueError("must be an object")
+    if unknown := sorted(entry.keys() - {"customer", "sha256", "calls", "expires"}):
+        raise ValueError(f"unknown member {short_repr(unknown[0])}")
 
-    def __init__(self, destination: Destination | None, options: argparse.Namespace) -> None:
-        """ConfigurationError if what the options name cannot be used."""
-        log.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
-        self.options = options
-        self.seen = look(options.api_keys, *CHANGES)  # before it is read, so that no change goes unseen
-        self.trouble = ""  # with the keys file, when it was last read
-        self.changing = threading.Lock()  # held by who puts another endpoint in place of the one in force
-        # Where lines about requests go, which the server flushes; without it they are log records, each of which costs
-        # half of a request. It takes bytes, as a text stream that threads share can lose lines, and show what else is
-        # in memory (CPython's issue 118138).
-        self.lines: BinaryIO | None = None
-        keys = self.read_keys()
-        if destination is None:
-            destination = load_destination(options.destination) if options.destination else Store(options.database)
-        self.endpoint = Endpoint(destination, keys, options.path, options.max_body, options.maintenance)
-
-    def read_keys(self) -> dict[str, Key]:
-        """The keys. ConfigurationError if the file is broken, or opens a public address to everybody."""
-        path, bind = self.options.api_keys, self.options.bind
+    customer = entry.get("customer")
+    if not isinstance(customer, str) or not customer or not customer.isprintable():
+        raise ValueError("customer must be text that is printable and not empty")
+    digest = entry.get("sha256")
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ValueError("sha256 must be 64 hexadecimal digits in lower case")
+    calls = None
+    if entry.get("calls") is not None:
+        calls = parse_call_types(entry["calls"])
+    expires = None
+    if entry.get("expires") is not None:
         try:
-            keys = parse_keys(Path(path).read_text("utf-8"))
-        except Exception as error:  # whatever it is: the thread that accepts connections must not end of it
-            raise ConfigurationError(f"{path}: {error}") from None
-        if DEMO_KEYS & keys.keys() and not bind.is_loopback:
-            how = "make keys of your own with --add-key CUSTOMER --api-keys FILE"
-            raise ConfigurationError(f"{path} holds a demo key, which everybody knows: to listen on {bind}, {how}")
-        return keys
+            expires = parse_time(entry["expires"])
+        except ValueError as error:
+            raise ValueError(f"expires {error}") from None
+    return digest, Key(customer, calls, expires)
 
-    def reload_keys(self, always: bool = False) -> None:
-        """Read the keys again if the file has changed; if that fails those that are in force stay."""
-        with self.changing:
-            seen, self.seen = self.seen, look(self.options.api_keys, *CHANGES)
-            if seen == self.seen and not always:
+
+def parse_call_types(names: Any) -> frozenset[str]:
+    """Return a set of types of call. Raises ValueError, naming the invalid value."""
+    if not isinstance(names, list):
+        raise ValueError("calls must be an array")
+    for name in names:
+        if not isinstance(name, str) or name not in CALLS:
+            known = ", ".join(CALLS)
+            raise ValueError(f"calls must be of the types {known}, not {short_repr(name)}")
+    return frozenset(names)
+
+
+# ---- The log -------------------------------------------------------------------------------------
+
+LOG_INTERVAL = 0.1  # seconds between two writes
+MAX_LOG_BUFFER = 4_000_000  # characters
+
+
+class LogBuffer(logging.Handler):
+    """Writes lines to standard error from a thread of its own, through a bounded buffer.
+
+    So a full disk, or a reader that has stalled, delays nothing but the log. Lines about requests
+    use `write`, because a logging record for each request would halve the number of calls per
+    second. `main` makes this the handler of all other lines, too.
+    """
+
+    def __init__(self) -> None:
+        """Start the thread."""
+        super().__init__()
+        self._guard = threading.Lock()  # guards _texts, _length and _dropped
+        self._texts: list[str] = []
+        self._length = 0
+        self._dropped = 0
+        self._closing = threading.Event()
+        self._stream: BinaryIO | None = None
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # it is closed, or no file
+            # An unbuffered stream, because sys.stderr would keep, and repeat, what it cannot write.
+            self._stream = open(os.dup(sys.stderr.fileno()), "wb", buffering=0)  # noqa: SIM115
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def write(self, text: str) -> None:
+        """Add lines to the log. If the buffer is full, they are dropped and counted."""
+        with self._guard:
+            if self._length + len(text) > MAX_LOG_BUFFER:
+                self._dropped += text.count("\n")
                 return
-            try:
-                self.endpoint = self.endpoint._replace(keys=self.read_keys())
-                self.trouble = ""
-                log.warning("%d keys read from %s", len(self.endpoint.keys), self.options.api_keys)
-            except ConfigurationError as error:
-                if always or str(error) != self.trouble:  # once
-                    log.error("The keys stay as they were: %s", error)
-                self.trouble, self.seen = str(error), []  # try again soon: a key that was taken out must not stay valid
+            self._texts.append(text)
+            self._length += len(text)
 
-    def reply(self, read_request: Callable[[], Request]) -> Reply:
-        """The reply to a request that is still to be read; it is then a line in the log."""
-        started = time.monotonic()
+    def emit(self, record: logging.LogRecord) -> None:
+        """Add a logging record to the log. Its traceback, if any, is indented."""
+        lines = self.format(record).splitlines()
+        self.write(f"{utc_now()} " + "\n    ".join(map(printable, lines)) + "\n")
+
+    def close(self) -> None:
+        """Write out the buffer, unless that takes longer than a second, and end the thread."""
+        self._closing.set()
+        self._thread.join(1)
+        super().close()
+
+    def _run(self) -> None:
+        """Write out the buffer every LOG_INTERVAL until `close` is called."""
+        while not self._closing.wait(LOG_INTERVAL):
+            self._write_out()
+        self._write_out()
+        if self._stream:
+            self._stream.close()
+
+    def _write_out(self) -> None:
+        """Write out and empty the buffer, and say how many lines were dropped before."""
+        with self._guard:
+            lines = "".join(self._texts)
+            dropped = self._dropped
+            self._texts = []
+            self._length = 0
+            self._dropped = 0
+        notice = f"{utc_now()} {dropped} log lines were dropped\n" if dropped else ""
+        data = (notice + lines).encode(errors="backslashreplace")
         try:
-            reply = answer(read_request(), self.endpoint, utc_now)
-        except Refusal as refusal:
-            reply = refusal.reply()
-        self.log(reply, started)
-        return reply
-
-    def log(self, reply: Reply, started: float) -> None:
-        """One line about a request: what was answered, to which call of whom, how long it took, and why not 2xx."""
-        if reply.status < 400 and self.options.quiet:
-            return
-        raw, why, took = reply.raw, reply.body.get("message", "")[:1000], (time.monotonic() - started) * 1000
-        user, what = raw.get("user_id") or raw.get("anonymous_id"), raw.get("event") or raw.get("name")
-        about = f"{plain(raw.get('type'))} {plain(reply.customer)} {plain(user)} {plain(what)}"
-        text = f"{reply.status} {about}{' duplicate' if reply.duplicate else ''} {took:.1f} ms"
-        if why:
-            text += f" {why if why.isprintable() else quoted(why)}"
-        if reply.error:  # indented and escaped, as its message may quote what came from outside
-            trace = "".join(format_exception(reply.error)).splitlines()
-            text += "".join(f"\n    {line if line.isprintable() else repr(line)}" for line in trace)
-        if self.lines:
-            with suppress(OSError):  # a log that is full stops nothing
-                self.lines.write(f"{utc_now()} {text}\n".encode())
-        else:
-            log.log(logging.INFO if reply.status < 400 else logging.WARNING, "%s", text)
-        if raw and self.options.verbose:
-            members = (f"    {json.dumps(name)}: {json.dumps(value, default=repr)}" for name, value in raw.items())
-            log.debug("{\n%s\n}", ",\n".join(members))
-
-    def toggle_maintenance(self) -> None:
-        """Stop taking calls, or take them again."""
-        with self.changing:
-            self.endpoint = self.endpoint._replace(maintenance=not self.endpoint.maintenance)
-        log.warning("Maintenance is %s", "on" if self.endpoint.maintenance else "off")
+            while data and self._stream:
+                written = self._stream.write(data)
+                data = data[written or 0 :]
+                if written is None:  # a non-blocking stream that is full at the moment
+                    self._closing.wait(LOG_INTERVAL)
+        except OSError:  # for example, because the disk is full
+            with self._guard:
+                self._dropped += dropped + lines.count("\n")
 
 
-# ---- All connections -------------------------------------------------------------------------------------------------
+def log_line(reply: Reply, seconds: float, verbose: bool) -> str:
+    """Return the line about a request: who sent what, and how it was answered.
+
+    After an internal error the traceback follows; with `verbose`, the call follows. Both are
+    indented. Everything from outside is escaped, so that it cannot forge lines.
+    """
+    raw = reply.raw
+    words = [
+        str(reply.status),
+        log_word(raw.get("type")),
+        log_word(reply.customer),
+        log_word(raw.get("user_id") or raw.get("anonymous_id")),
+        log_word(raw.get("event") or raw.get("name")),
+    ]
+    if reply.outcome and reply.outcome != Outcome.stored:
+        words.append(log_word(reply.outcome))
+    words.append(f"{seconds * 1000:.1f} ms")
+    if message := reply.body.get("message"):
+        words.append(printable(message[:1000]))
+    lines = [" ".join(words)]
+    if reply.error:
+        trace = "".join(format_exception(reply.error)).splitlines()
+        lines += [f"    {printable(line)}" for line in trace]
+    if verbose and raw:
+        lines += [f"    {log_word(name)}: {json_or_repr(value)}" for name, value in raw.items()]
+    return "\n".join(lines) + "\n"
+
+
+def log_word(value: object) -> str:
+    """Return a value as one word of a log line: quoted unless short and plain, or "-" if empty."""
+    if isinstance(value, str) and len(value) <= 80 and value.isprintable() and " " not in value:
+        return value or "-"
+    return short_repr(value) if value else "-"
+
+
+def printable(text: str) -> str:
+    """Return a line of text, quoted and escaped if it contains control characters."""
+    return text if text.isprintable() else repr(text)
+
+
+def json_or_repr(value: object) -> str:
+    """Return a value as JSON, or else its repr. A destination may have put anything into a call."""
+    try:
+        return json.dumps(value, default=repr)
+    except (TypeError, ValueError, RecursionError):
+        return short_repr(value)
+
+
+# ---- All connections -----------------------------------------------------------------------------
+#
+# State that threads share. Each of these attributes is assigned, or each set changed, in a single
+# step, which is atomic in CPython. If a reader may act on an old value, the last column says what
+# happens then.
+#
+#   attribute                    written by                  read by
+#   ---------------------------  --------------------------  --------------------------------------
+#   Server.connections           connection threads          accept thread and stop(), which copy it
+#   Server.tls_context           accept thread               connection threads, once each
+#   Server.reload_requested      main and accept thread      accept thread
+#   Server.stopping              stop()                      connection threads
+#   Server.failed                accept thread               main thread
+#   Keyring.keys, Endpoint.keys  accept thread               connection threads
+#   Endpoint.maintenance         main thread                 connection threads
+#   Connection.deadline          its thread and hang_up()    accept thread: it may hang up on a
+#                                                            request that is complete at this very
+#                                                            moment; then the sender retries
+#   Connection.idle_since,       its thread                  accept thread and stop(): they may hang
+#     .head_received                                         up on a connection that has just become
+#                                                            busy; then the sender retries
+#   Connection.hung_up           accept thread and stop()    its thread
+#   Connection.evicted           accept thread               its thread
+#
+# GroupCommit and LogBuffer have locks, and `connection_slots` is a semaphore.
+
+NEWCOMER_AGE = 1.0  # seconds; before its first head, a younger connection is not evicted
+SHUTDOWN_GRACE = 4.0  # seconds for requests in flight
+REPLY_GRACE = 0.5  # seconds for the last replies after that
+
+# What accept() says when this process or the system has run out of something.
+OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class Server(ThreadingTCPServer):
-    """A listening socket and its connections, in threads: `url`, `tls_cert` to verify it by, and `stop()`."""
+    """A running receiver.
 
-    allow_reuse_address = daemon_threads = True
+    `url` is its address, and `tls_cert` the file with which a client verifies its certificate. It
+    is a context manager; leaving the block calls `stop`.
+    """
+
+    allow_reuse_address = True
     request_queue_size = 1024
 
     def __init__(self, destination: Destination | None, options: argparse.Namespace) -> None:
-        """ConfigurationError if what the options name cannot be used."""
-        self.options, self.tls_cert, self.context = options, options.tls_cert, tls_context(options)
-        self.receiver = Receiver(destination, options)
+        """Start listening. Without a destination, store calls in `options.database`.
+
+        Raises ConfigurationError if an option, or a file that it names, cannot be used.
+        """
+        bind = options.bind
+        self.options = options
+        self.tls_cert = os.path.abspath(options.tls_cert)
+        self.tls_context = make_tls_context(options)
+        self.keyring = Keyring(options.api_keys, allow_demo_keys=bind.is_loopback)
         self.connections: set[Connection] = set()
-        self.places = threading.Semaphore(options.max_connections)
-        self.stopping, self.next_look, bind = False, 0.0, options.bind
+        self.connection_slots = threading.Semaphore(options.max_connections)
+        self.stopping = False
+        self.failed = False  # the accept thread has ended unexpectedly
+        self.on_failure: Callable[[], None] = lambda: None  # wakes up the main thread, in `run`
+        self.reload_requested = False
+        self.next_deadline_check = 0.0  # monotonic time
+        self.next_keys_check = 0.0  # monotonic time
+        self.out_of_resources = False
+
+        if options.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
+            raise ConfigurationError("argument --reuse-port: not supported by this platform")
+        self.allow_reuse_port = options.reuse_port
         self.address_family = socket.AF_INET6 if bind.version == 6 else socket.AF_INET
         try:
             super().__init__((str(bind), options.port), Connection)
         except OSError as error:
-            self.receiver.endpoint.destination.close()
-            raise ConfigurationError(f"cannot listen on {bind}, port {options.port}: {error}") from None
-        self.socket.setblocking(False)  # so that a client who goes before it is accepted does not hold up the others
-        host = f"[{bind}]" if bind.version == 6 else bind
-        self.url = f"https://{host}:{self.server_address[1]}{options.path}"
-        threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
+            message = f"cannot listen on {bind} port {options.port}: {error.strerror}"
+            raise ConfigurationError(message) from None
+        self.socket.setblocking(False)  # a client may disconnect before accept() is called
+        self.url = f"https://{url_host(bind)}:{self.server_address[1]}{options.path}"
+
+        try:
+            destination = Store(options.database) if destination is None else destination
+        except ConfigurationError:
+            self.server_close()
+            raise
+        self.endpoint = Endpoint(
+            destination, self.keyring.keys, options.path, options.max_body, options.maintenance
+        )
+        self.log = LogBuffer()
+        threading.Thread(target=self._accept, name="accept", daemon=True).start()
+
+    def _accept(self) -> None:
+        """Run the accept thread. If it ends unexpectedly, stop listening, and say so."""
+        try:
+            self.serve_forever(poll_interval=0.1)
+        except Exception:
+            log.critical("The receiver has failed", exc_info=True)
+        finally:
+            if not self.stopping:
+                self.failed = True
+                self.server_close()
+                self.on_failure()
+
+    # -- Accepting --
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection, if it has a place or the longest idle one can make room; OSError if not now."""
-        if not self.places.acquire(blocking=False):
-            patience = 0.1
-            idle = min(list(self.connections), key=lambda connection: connection.idle_since, default=None)
-            if idle and idle.idle_since < math.inf:
-                idle.hang_up()
-                patience = 1  # let it go before another has to
-            if not self.places.acquire(timeout=patience):
-                raise BlockingIOError
+        """Accept a connection. Raises OSError if none can be accepted now."""
+        if not self.connection_slots.acquire(blocking=False):
+            patience = 1.0 if self.evict_connection() else 0.1  # seconds until a slot is free
+            if not self.connection_slots.acquire(timeout=patience):
+                raise BlockingIOError  # the client waits in the backlog
         try:
-            return super().get_request()
-        except OSError:
-            self.places.release()
-            time.sleep(0.01)  # when file descriptors have run out, trying at once again would take the whole core
-            raise
+            accepted = super().get_request()
+        except (OSError, MemoryError) as error:
+            self.connection_slots.release()
+            if isinstance(error, MemoryError) or error.errno in OUT_OF_RESOURCES:
+                self.make_room(error)
+            raise BlockingIOError from None
+        return accepted
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the thread of a connection.
+
+        This does not use threading.Thread, whose `start` waits for a sign of life from the new
+        thread, and would wait forever if that ran out of memory first.
+        """
+        try:
+            _thread.start_new_thread(self.process_request_thread, (request, client_address))
+        except (RuntimeError, MemoryError) as error:
+            self.shutdown_request(request)
+            self.make_room(error)
+        else:
+            self.out_of_resources = False
 
     def close_request(self, request: Any) -> None:
-        """Give back the place of a connection that is over."""
-        super().close_request(request)
-        self.places.release()
+        """Close a connection, and return its slot, whatever happens."""
+        try:
+            super().close_request(request)
+        finally:
+            self.connection_slots.release()
+
+    def evict_connection(self) -> bool:
+        """Hang up on the connection that is least useful. Return whether there was one."""
+        connection = least_useful(list(self.connections), time.monotonic())
+        if connection is None:
+            return False
+        connection.evicted = True
+        connection.hang_up()
+        return True
+
+    def make_room(self, error: BaseException) -> None:
+        """Evict a connection and pause, because threads, memory or descriptors have run out."""
+        if not self.out_of_resources:
+            log.error("Cannot accept more connections: %s", error)
+        self.out_of_resources = True
+        self.evict_connection()
+        time.sleep(0.1)  # a retry at once would occupy the processor
+
+    # -- Housekeeping --
 
     def service_actions(self) -> None:
-        """Look for a changed keys file and for connections past their deadline; called several times a second."""
+        """Check deadlines and files. The accept thread calls this in every round of its loop."""
+        if self.endpoint.destination.failed:
+            raise RuntimeError("the destination has failed")
         now = time.monotonic()
-        if now > self.next_look:
-            self.next_look = now + 0.1
-            self.receiver.reload_keys()
-            if self.receiver.lines:
-                with suppress(OSError):
-                    self.receiver.lines.flush()
-            for connection in list(self.connections):  # a copy, as other threads change the set
+        if now >= self.next_deadline_check:
+            self.next_deadline_check = now + 0.1
+            for connection in list(self.connections):
                 if connection.deadline < now:
                     connection.hang_up()
+        if self.reload_requested:
+            self.reload_requested = False
+            self.refresh_keys(force=True)
+            self.refresh_certificate()
+        elif now >= self.next_keys_check:
+            self.next_keys_check = now + 1
+            self.refresh_keys()
+
+    def refresh_keys(self, force: bool = False) -> None:
+        """Read the keys file again if it has changed."""
+        self.keyring.refresh(force)
+        self.endpoint.keys = self.keyring.keys
+
+    def refresh_certificate(self) -> None:
+        """Read the certificate and its key again. If they cannot be used, keep the current ones."""
+        try:
+            self.tls_context = make_tls_context(self.options)
+        except ConfigurationError as error:
+            log.error("Keeping the previous certificate: %s", error)
+        else:
+            log.warning("Read the certificate %s", self.options.tls_cert)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log in one line what the client did to the connection, and with its traceback what we did."""
+        """Log a client's error in one line, and an error of this program with its traceback."""
         error = sys.exception()
-        log.warning("Connection with %s: %s", client_address[0], error, exc_info=not isinstance(error, OSError))
+        ours = not isinstance(error, OSError)
+        log.warning("Connection with %s: %s", client_address[0], error, exc_info=ours)
+
+    def log_request(self, reply: Reply, seconds: float) -> None:
+        """Log a request; with --quiet, only if it was refused or failed."""
+        if reply.status >= 400 or not self.options.quiet:
+            self.log.write(f"{utc_now()} {log_line(reply, seconds, self.options.verbose)}")
+
+    def toggle_maintenance(self) -> None:
+        """Start or end maintenance."""
+        self.endpoint.maintenance = not self.endpoint.maintenance
+        log.warning("Maintenance is %s", "on" if self.endpoint.maintenance else "off")
 
     def reload(self) -> None:
-        """Read keys and certificate again. Connections go on; a broken file leaves the old one in force."""
-        self.receiver.reload_keys(always=True)
-        try:
-            self.context = tls_context(self.options)
-            log.warning("Certificate read from %s", self.tls_cert)
-        except ConfigurationError as error:
-            log.error("The certificate stays as it was: %s", error)
+        """Have the accept thread read the keys and the certificate again."""
+        self.reload_requested = True
+
+    # -- Stopping --
 
     def stop(self) -> None:
-        """Accept no more, finish what is in flight, in 5 seconds at the most, and then close the destination."""
-        self.stopping, end = True, time.monotonic() + ANSWER_WAIT
+        """Accept no more connections, finish the requests in flight, and close the destination.
+
+        This takes at most SHUTDOWN_GRACE and REPLY_GRACE, a second for the accept thread, and the
+        time that the destination needs to close. Further calls do nothing.
+        """
+        if self.stopping:
+            return
+        self.stopping = True
         self.shutdown()
         self.server_close()
-        while self.connections and time.monotonic() < end + 0.5:  # the last of it is for saying 503
+        grace_ends = time.monotonic() + SHUTDOWN_GRACE
+        while self.connections and time.monotonic() < grace_ends + REPLY_GRACE:
+            is_late = time.monotonic() > grace_ends
             for connection in list(self.connections):
-                if not connection.hung_up and (connection.idle_since < math.inf or time.monotonic() > end):
+                is_idle = connection.idle_since is not None or not connection.head_received
+                if not connection.hung_up and (is_late or is_idle):
                     connection.hang_up()
             time.sleep(0.01)
-        self.receiver.endpoint.destination.close()
+        try:
+            self.endpoint.destination.close()
+        except Exception:
+            log.exception("The destination could not be closed")
+        self.log.close()
 
     def __exit__(self, *_: object) -> None:
+        """Stop."""
         self.stop()
 
 
-def tls_context(options: argparse.Namespace) -> ssl.SSLContext:
-    """TLS 1.2 and 1.3, with forward secrecy only. ConfigurationError if the certificate or its key cannot be used."""
+def least_useful(connections: list[Connection], now: float) -> Connection | None:
+    """Return the connection to evict, if any.
+
+    It is the one that has been idle longest. If none is idle, it is the oldest that has not sent a
+    complete head, and that is older than NEWCOMER_AGE.
+    """
+    idle: list[tuple[float, Connection]] = []
+    silent: list[tuple[float, Connection]] = []
+    for connection in connections:
+        idle_since = connection.idle_since  # read once, because its thread may change it
+        if connection.hung_up:
+            continue
+        if idle_since is not None:
+            idle.append((idle_since, connection))
+        elif not connection.head_received and now - connection.accepted_at > NEWCOMER_AGE:
+            silent.append((connection.accepted_at, connection))
+    oldest = min(idle or silent, key=lambda candidate: candidate[0], default=None)
+    return oldest[1] if oldest else None
+
+
+def url_host(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
+    """Return the host for a URL that reaches this address from this machine."""
+    if address.is_unspecified:
+        return "localhost"
+    return f"[{address}]" if address.version == 6 else str(address)
+
+
+def make_tls_context(options: argparse.Namespace) -> ssl.SSLContext:
+    """Return a context for TLS 1.2 and 1.3, only with ciphers that have forward secrecy.
+
+    Raises ConfigurationError if the certificate or its private key cannot be used.
+    """
+    for path in (options.tls_cert, options.tls_key):
+        if not os.path.exists(path):
+            hint = "`make certs` makes a self-signed pair"
+            raise ConfigurationError(f"{path}: No such file or directory; {hint}")
+        check_regular_file(path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # for 1.2; all of 1.3 are like that
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # for TLS 1.2; those of 1.3 qualify
     context.set_alpn_protocols(["http/1.1"])
-    # Who leaves without TLS's goodbye can still be answered, as Content-Length tells whether all has come.
-    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_IGNORE_UNEXPECTED_EOF
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    # A client may disconnect without close_notify. Content-Length reveals a truncated body.
+    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     try:
-        context.load_cert_chain(options.tls_cert, options.tls_key, password="")  # "": do not ask at the terminal
+        context.load_cert_chain(options.tls_cert, options.tls_key, password="")  # never ask for one
     except OSError as error:
-        hint = "; `make certs` makes a self-signed pair" if isinstance(error, FileNotFoundError) else ""
-        raise ConfigurationError(f"{options.tls_cert}, {options.tls_key}: {error}{hint}") from None
+        reason = "not a certificate and its unencrypted private key in PEM"
+        if not isinstance(error, ssl.SSLError) and error.strerror:
+            reason = error.strerror
+        raise ConfigurationError(f"{options.tls_cert}, {options.tls_key}: {reason}") from None
     return context
 
 
-# ======================================================================================================================
-# 4. Other ways in
+# ==================================================================================================
+# Part 4. Entry points
 #
-# The same endpoint from Python: in a thread, as tests want it, and behind any WSGI server.
-# ======================================================================================================================
+# `serve` starts a receiver inside a program. `main` is the command line: it has all options of
+# `serve`, and a few more.
+# ==================================================================================================
 
 
 def serve(destination: Destination | None = None, **options: Any) -> Server:
-    """Start an HTTPS endpoint in threads; leaving it as a context stops it.
+    """Start a receiver in threads, and return it. Use it in a `with` statement, which stops it.
 
-    The options are those of the command line, with underscores for hyphens. ConfigurationError if one cannot be used.
+    The options are the server options of the command line, with underscores for hyphens. Without a
+    destination, calls are stored in the SQLite file that the option `database` names. The server
+    closes the destination when it stops. Raises ConfigurationError if an option or the destination
+    cannot be used.
     """
-    return Server(destination, parse_options(options))
+    check_destination(destination)
+    return Server(destination, options_from_keywords(options, destination))
 
 
-def wsgi(destination: Destination | None = None, **options: Any) -> Callable[..., Iterable[bytes]]:
-    """A WSGI callable (PEP 3333) that gives the same answers; the options are those that do not concern connections.
+def main(destination: Destination | None = None) -> None:
+    """Run the command line: serve until a signal arrives, or add an API key.
 
-    The grammar of the head, TLS and timeouts are the business of the WSGI server. Make it in the process that serves,
-    as no Store survives a fork. ConfigurationError as in serve().
+    Exits with status 2 if an option or a file cannot be used, and with 1 if the receiver fails.
     """
-    receiver = Receiver(destination, parse_options(options))
-
-    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        receiver.reload_keys()
-        status, fields, body = rendered(receiver.reply(lambda: parse_environ(environ)))
-        # The Content-Type of an empty body is for wsgiref's validator, which wants one.
-        always = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-        start_response(status, list({**fields, **always}.items()))
-        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
-
-    return application
-
-
-def parse_environ(environ: dict[str, Any]) -> Request:
-    """The request in a WSGI environment. Refusal if its Content-Length is not a number."""
-    headers = {name[5:].replace("_", "-").lower(): value for name, value in environ.items() if name.startswith("HTTP_")}
-    if environ.get("CONTENT_TYPE"):
-        headers["content-type"] = environ["CONTENT_TYPE"]
-    length = parse_length(environ.get("CONTENT_LENGTH") or None)
-
-    def read() -> bytes:
-        body = b""
-        with suppress(OSError):  # the client is gone
-            body = environ["wsgi.input"].read(length)
-        require(len(body) == length, 400, "The body ended early")
-        return body
-
-    path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")  # decoded: a ? in it was %3F
-    return Request(environ["REQUEST_METHOD"], path.replace("?", "%3F"), headers, length, read)
-
-
-def load_destination(name: str) -> Destination:
-    """An instance of MODULE:CLASS, from the import path or the current folder. ConfigurationError if there is none."""
-    sys.modules.setdefault("receiver", sys.modules[__name__])  # for its `import receiver`: this program, no second copy
-    sys.path.insert(0, os.getcwd())
+    parser = make_parser(destination)
+    add_command_options(parser)
     try:
-        made = pkgutil.resolve_name(name)()
-        if not isinstance(made, Destination):
-            raise TypeError("this is no subclass of receiver.Destination")
-    except Exception as error:
-        raise ConfigurationError(f"destination {name}: {type(error).__name__}: {error}") from error
-    return made
+        check_destination(destination)
+        options = parser.parse_args()
+        if options.add_key is not None:
+            add_key(options)
+            return
+        if options.calls is not None or options.expires is not None:
+            raise ConfigurationError("--calls and --expires need --add-key")
+        status = run(destination, with_default_keys(options))
+    except ConfigurationError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        status = 2
+    if status:
+        sys.exit(status)
 
 
-# ======================================================================================================================
-# 5. The command line
-#
-# Options, signals, the greeting, and the making of keys. Every mistake is one line and exit status 2.
-# ======================================================================================================================
+def check_destination(destination: object) -> None:
+    """Raise ConfigurationError unless this is a Destination or None."""
+    if destination is not None and not isinstance(destination, Destination):
+        shown = short_repr(destination)
+        hint = "; did you forget ()?" if isinstance(destination, type) else ""
+        raise ConfigurationError(f"destination must be a Destination, not {shown}{hint}")
+
+
+# ---- Options -------------------------------------------------------------------------------------
+
+
+DEMO_KEYS_FILE = "fixtures/keys.json"
+
+
+def beside_this_file(name: str) -> str:
+    """Return the path of a file beside this one, relative to the current directory if possible."""
+    path = Path(__file__).resolve().parent / name
+    with contextlib.suppress(ValueError, OSError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, where a mistake is an exception, and so one line."""
+    """A parser that raises an exception instead of printing its usage."""
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigurationError."""
         raise ConfigurationError(message)
 
 
-def from_to(kind: type[int] | type[float], least: float, most: float) -> Callable[[str], float]:
-    """A reader of numbers from the least to the most."""
-
-    def number(text: str) -> float:
-        if not least <= (value := kind(text)) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
-        return value
-
-    return number
-
-
-def endpoint_path(text: str) -> str:
-    """A path that a request line can name, and that is not that of the health check."""
-    if not re.fullmatch(r"/[!-~]*", text) or set(text) & set("?#") or text == HEALTH:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a slash and visible ASCII without ? and #, or is {HEALTH}")
-    return text
-
-
-def options_parser() -> Parser:
-    """The options, each with its default; serve() and wsgi() take theirs from here too."""
-    parser = Parser("receiver.py", description="Receive Segment's calls over HTTPS and store them.", allow_abbrev=False)
-    add, seconds = parser.add_argument, from_to(float, 0.1, 86_400)
-    add("--bind", metavar="ADDRESS", type=ipaddress.ip_address, default="127.0.0.1", help="IPv4 or IPv6 (%(default)s)")
-    add("--port", type=from_to(int, 0, 65_535), default=8443, help="0 takes any free port (%(default)s)")
-    add("--path", type=endpoint_path, default="/", help="the endpoint, compared exactly as sent (%(default)s)")
-    add("--tls-cert", metavar="FILE", default="certs/localhost.pem", help="certificate and its chain (%(default)s)")
-    add("--tls-key", metavar="FILE", default="certs/localhost-key.pem", help="its private key (%(default)s)")
-    add("--api-keys", metavar="FILE", default="fixtures/keys.json", help="read again on change (%(default)s)")
-    add("--database", metavar="FILE", default="calls.db", help="where calls are stored, SQLite (%(default)s)")
-    add("--destination", metavar="MODULE:CLASS", help="where calls go instead")
-    add("--max-body", metavar="BYTES", type=from_to(int, 1, 2**29), default=524_288, help="longest body (%(default)s)")
-    add("--timeout", metavar="SECONDS", type=seconds, default=10, help="for a request to arrive whole (%(default)s)")
-    add("--keep-alive", metavar="SECONDS", type=seconds, default=75, help="of silence between requests (%(default)s)")
-    add("--max-connections", metavar="N", type=from_to(int, 1, 100_000), default=1000, help="at a time (%(default)s)")
-    add("--maintenance", action="store_true", help="start in maintenance, answering 503, until SIGUSR1")
+def make_parser(destination: Destination | None) -> Parser:
+    """Return a parser for the server options."""
+    if destination is None:
+        description = "Receive Segment's calls over HTTPS, and store them."
+    else:
+        description = (
+            f"Receive Segment's calls over HTTPS, and pass them to {type(destination).__name__}."
+        )
+    parser = Parser(description=description, allow_abbrev=False)
+    default_keys = beside_this_file(DEMO_KEYS_FILE).replace(
+        "%", "%%"
+    )  # argparse formats help texts
+    add = parser.add_argument
+    add(
+        "--bind",
+        metavar="ADDRESS",
+        type=parse_address,
+        default="127.0.0.1",
+        help="IPv4 or IPv6 address to listen on (default: %(default)s)",
+    )
+    add(
+        "--port",
+        type=number_between(int, 0, 65_535),
+        default=8443,
+        help="port to listen on; 0 takes any free port (default: %(default)s)",
+    )
+    add(
+        "--path",
+        type=parse_endpoint_path,
+        default="/",
+        help="path of the endpoint, compared exactly as sent (default: %(default)s)",
+    )
+    add(
+        "--reuse-port",
+        action="store_true",
+        help="let several receivers listen on one port and share its connections",
+    )
+    add(
+        "--tls-cert",
+        metavar="FILE",
+        default=beside_this_file("certs/localhost.pem"),
+        help="certificate and its chain (default: %(default)s)",
+    )
+    add(
+        "--tls-key",
+        metavar="FILE",
+        default=beside_this_file("certs/localhost-key.pem"),
+        help="private key of the certificate (default: %(default)s)",
+    )
+    add(
+        "--api-keys",
+        metavar="FILE",  # without a default, so that --add-key does not change the demo keys
+        help=f"JSON file of API keys, read again when it changes (default: {default_keys})",
+    )
+    if destination is None:
+        add(
+            "--database",
+            metavar="FILE",
+            default="calls.db",
+            help="SQLite database for the calls (default: %(default)s)",
+        )
+    add(
+        "--max-body",
+        metavar="BYTES",
+        type=number_between(int, 1, 2**29),
+        default=524_288,
+        help="longest request body to accept (default: %(default)s)",
+    )
+    add(
+        "--timeout",
+        metavar="SECONDS",
+        type=number_between(float, 0.1, 86_400),
+        default=10,
+        help="time limit for a whole request to arrive (default: %(default)s)",
+    )
+    add(
+        "--keep-alive",
+        metavar="SECONDS",
+        type=number_between(float, 0.1, 86_400),
+        default=75,
+        help="how long a connection may be idle between requests (default: %(default)s)",
+    )
+    add(
+        "--max-connections",
+        metavar="N",
+        type=number_between(int, 1, 100_000),
+        default=1000,
+        help="most connections open at the same time (default: %(default)s)",
+    )
+    add(
+        "--maintenance",
+        action="store_true",
+        help="start in maintenance, which answers 503; SIGUSR1 turns it off or on",
+    )
     volume = parser.add_mutually_exclusive_group()
-    volume.add_argument("--quiet", action="store_true", help="log no line for what was answered 2xx")
-    volume.add_argument("--verbose", action="store_true", help="log each call too")
-    add("--add-key", metavar="CUSTOMER", help="make an API key, print it, add its digest to the keys file, and end")
-    calls = "with --add-key: the only types of call it may send, as identify,track"
-    add("--calls", metavar="TYPES", type=lambda text: text.split(","), help=calls)
-    add("--expires", metavar="DATE", help="with --add-key: when it ends, in ISO 8601, as 2027-01-01")
+    volume.add_argument(
+        "--quiet", action="store_true", help="log only requests that were refused or failed"
+    )
+    volume.add_argument("--verbose", action="store_true", help="also log the content of calls")
     return parser
 
 
-def parse_options(given: Mapping[str, Any]) -> argparse.Namespace:
-    """Options given by name, read as the command line reads them. ConfigurationError if one cannot be used."""
+def add_command_options(parser: Parser) -> None:
+    """Add the options that exist only on the command line."""
+    add = parser.add_argument
+    add(
+        "--add-key",
+        metavar="CUSTOMER",
+        help="make an API key, add its digest to the --api-keys file, print the key, and exit",
+    )
+    add(
+        "--calls",
+        metavar="TYPES",
+        type=calls_option,
+        help="with --add-key: permit only these types, such as identify,track",
+    )
+    add(
+        "--expires",
+        metavar="DATE",
+        type=expires_option,
+        help="with --add-key: when the key expires, such as 2027-01-01",
+    )
+    add("--version", action="version", version=f"%(prog)s {__version__}")
+
+
+def options_from_keywords(
+    keywords: Mapping[str, Any], destination: Destination | None
+) -> argparse.Namespace:
+    """Parse keyword arguments as though they were options on the command line.
+
+    None and False stand for an option that was not given. Raises ConfigurationError.
+    """
+    parser = make_parser(destination)
+    known = set(vars(parser.parse_args([])))
     words = []
-    for name, value in given.items():
-        if value is not None and value is not False:  # not `in`, as 0 is equal to False
-            words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}"))
-    return options_parser().parse_args(words)
+    for name, value in keywords.items():
+        if name not in known:
+            raise ConfigurationError(f"unknown option {short_repr(name)}")
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:  # not `in`, because 0 == False
+            words.append(f"{flag}={value}")
+    return with_default_keys(parser.parse_args(words))
 
 
-def main() -> None:
-    """Run the command line: serve until a signal says stop, or add a key."""
+def with_default_keys(options: argparse.Namespace) -> argparse.Namespace:
+    """Return the options, with the file of the demo keys if no other was given."""
+    if options.api_keys is None:
+        options.api_keys = beside_this_file(DEMO_KEYS_FILE)
+    return options
+
+
+def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Return an IP address. Raises ArgumentTypeError."""
     try:
-        options = options_parser().parse_args()
-        if options.add_key is None and (options.calls, options.expires) != (None, None):
-            raise ConfigurationError("--calls and --expires go with --add-key")
-        run(options) if options.add_key is None else add_key(options)
-    except ConfigurationError as error:
-        print(f"receiver.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        return ipaddress.ip_address(text)
+    except ValueError:
+        message = f"must be an IPv4 or IPv6 address, not {short_repr(text)}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
-def run(options: argparse.Namespace) -> None:
-    """Serve until SIGTERM or SIGINT. SIGHUP reads keys and certificate again, SIGUSR1 toggles maintenance."""
-    import resource  # here, so that serve() and wsgi() need no Unix
+def number_between(
+    kind: type[int] | type[float], minimum: float, maximum: float
+) -> Callable[[str], float]:
+    """Return a parser for numbers in this range. It raises ArgumentTypeError for anything else."""
+    noun = "an integer" if kind is int else "a number"
 
-    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # they wait for sigwait; all threads inherit this
-    logging.Formatter.converter = time.gmtime
-    logging.basicConfig(format="%(asctime)s.%(msecs)03dZ %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
-    if hasattr(os, "SCHED_BATCH"):  # so that threads that wake do not interrupt the one that has Python's lock
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    with suppress(OSError, ValueError):  # each connection is an open file: let --max-connections be the limit
-        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    with Server(None, options) as server:
-        server.receiver.lines = sys.stderr.buffer
-        print(f"Listening on {server.url}", flush=True)
-        with suppress(OSError):
-            print(greeting(server), file=sys.stderr, flush=True)
-        while (number := signal.sigwait(signals)) in (signal.SIGHUP, signal.SIGUSR1):
-            server.reload() if number == signal.SIGHUP else server.receiver.toggle_maintenance()
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if minimum <= value <= maximum:
+                return value
+        message = f"must be {noun} from {minimum} to {maximum}, not {short_repr(text)}"
+        raise argparse.ArgumentTypeError(message)
+
+    return parse
 
 
-def greeting(server: Server) -> str:
-    """What to do next, for who has started the server by hand."""
-    options, demo = server.options, DEMO_KEYS & server.receiver.endpoint.keys.keys()
-    url = server.url.replace(str(options.bind), "localhost") if options.bind.is_unspecified else server.url
-    curl = f"curl -i --cacert {options.tls_cert} -u {'segment' if demo else 'YOUR_API_KEY'}: {url}"
-    curl += " -H 'Content-Type: application/json' -d @fixtures/track.json"
-    query = "select received_at, type, user_id from calls order by rowid desc limit 9"
-    text = f"\nSend a call from another terminal:\n    {curl}\n"
-    if options.destination:
-        text += f"Calls go to {options.destination}.\n"
-    else:
-        text += f"Calls are stored in {options.database}. See the latest:\n    sqlite3 {options.database} '{query}'\n"
-    if demo:
-        text += f"Warning: {options.api_keys} holds demo keys, which everybody knows. Make your own with --add-key.\n"
+def parse_endpoint_path(text: str) -> str:
+    """Return the path of an endpoint. Raises ArgumentTypeError if no request can have it."""
+    if not re.fullmatch(r"/[!-~]*", text) or "?" in text or "#" in text:
+        message = f"must be a slash and then visible ASCII without ? and #, not {short_repr(text)}"
+        raise argparse.ArgumentTypeError(message)
+    if text == HEALTH_PATH:
+        raise argparse.ArgumentTypeError(f"must not be {HEALTH_PATH}, which is the health check")
     return text
 
 
-def add_key(options: argparse.Namespace) -> None:
-    """Make an API key and print it, this once only; put its digest into the keys file, replaced in one step."""
-    api_key, path = secrets.token_urlsafe(32), os.path.realpath(options.api_keys)
-    entry = {"customer": options.add_key, "sha256": hashlib.sha256(api_key.encode()).hexdigest()}
-    entry |= {name: value for name in ("calls", "expires") if (value := getattr(options, name)) is not None}
+def calls_option(text: str) -> list[str]:
+    """Return types of call as a list, as a keys file has them. Raises ArgumentTypeError."""
+    names = [name.strip() for name in text.split(",")]
     try:
-        if os.name == "posix":  # of two at once one waits until the other's process has ended, so that none is undone
-            import fcntl
+        parse_call_types(names)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("calls ")) from None
+    return names
 
-            fcntl.flock(os.open(os.path.dirname(path), os.O_RDONLY), fcntl.LOCK_EX)
-        entries = [*(json.loads(Path(path).read_text("utf-8")) if os.path.exists(path) else []), entry]
-        parse_keys(json.dumps(entries))
-        with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(path), delete=False) as file:  # its mode is 0600
-            file.write("[\n  " + ",\n  ".join(map(json.dumps, entries)) + "\n]\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, path)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigurationError(f"{options.api_keys}: {error}") from None
+
+def expires_option(text: str) -> str:
+    """Return a time unchanged, after checking it. Raises ArgumentTypeError."""
+    try:
+        parse_time(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, not {short_repr(text)}") from None
+    return text
+
+
+# ---- Serving until a signal arrives --------------------------------------------------------------
+
+FORCED_EXIT_AFTER = 9.5  # seconds; service managers kill a process after 10 seconds or more
+
+
+def run(destination: Destination | None, options: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT, and return the exit status.
+
+    SIGHUP reads the keys and the certificate again. SIGUSR1 starts or ends maintenance.
+    """
+    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, signals
+    )  # received by sigwait only; threads inherit it
+    tune_process(options.max_connections)
+    with Server(destination, options) as server:
+        log.addHandler(server.log)
+        log.propagate = False
+        server.on_failure = lambda: os.kill(os.getpid(), signal.SIGTERM)  # ends sigwait
+        announce(server)
+        while not server.failed:
+            received = signal.sigwait(signals)
+            if received == signal.SIGHUP:
+                server.reload()
+            elif received == signal.SIGUSR1:
+                server.toggle_maintenance()
+            else:
+                break
+        status = 1 if server.failed else 0
+        forced_exit = threading.Timer(FORCED_EXIT_AFTER, force_exit, [server, status])
+        forced_exit.daemon = True
+        forced_exit.start()
+    forced_exit.cancel()
+    log.removeHandler(server.log)
+    return status
+
+
+def force_exit(server: Server, status: int) -> None:
+    """End the process, because something hangs while it stops."""
+    server.log.write(f"{utc_now()} Stopping took too long; the process was ended by force\n")
+    time.sleep(2 * LOG_INTERVAL)  # for the log
+    os._exit(status)
+
+
+def tune_process(max_connections: int) -> None:
+    """Allow enough open files, and ask the kernel for longer time slices."""
+    import resource  # not at the top of the file, because `serve` does not need Unix
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max_connections + 100  # each connection is one file
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        if hard != resource.RLIM_INFINITY:
+            wanted = min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    # By default, a thread that wakes up interrupts the one that holds the GIL, only to wait for it.
+    if hasattr(os, "SCHED_BATCH"):
+        with contextlib.suppress(OSError):  # not permitted in some containers
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def announce(server: Server) -> None:
+    """Print the line that says where the server listens, and log the startup hint.
+
+    The server keeps running if standard output is closed or full.
+    """
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        line = f"Listening on {server.url}"
+        if server.options.bind.is_unspecified:
+            line += f" (--bind {server.options.bind}: on every address of this machine)"
+        os.write(sys.stdout.fileno(), f"{line}\n".encode())
+    server.log.write(startup_hint(server))
+
+
+def startup_hint(server: Server) -> str:
+    """Return a hint at what to do next, for somebody who started the server by hand."""
+    options = server.options
+    has_demo_keys = bool(DEMO_DIGESTS & server.keyring.keys.keys())
+    command = ["curl", "-i", "--cacert", options.tls_cert]
+    command += ["-u", "segment:" if has_demo_keys else "YOUR_API_KEY:", server.url]
+    command += [
+        "-H",
+        "Content-Type: application/json",
+        "-d",
+        f"@{beside_this_file('fixtures/track.json')}",
+    ]
+    lines = ["", "Send a call from another terminal:", f"    {shlex.join(command)}"]
+    if isinstance(server.endpoint.destination, Store):
+        query = "select received_at, type, user_id from calls order by rowid desc limit 9"
+        lines.append(f"Calls are stored in {options.database}. Show the latest:")
+        lines.append("    " + shlex.join(["sqlite3", options.database, query]))
+    else:
+        lines.append(f"Calls go to {type(server.endpoint.destination).__name__}.")
+    if has_demo_keys:
+        lines.append(f"Warning: {options.api_keys} holds demo keys, which everybody knows.")
+        lines.append("Make your own with --add-key CUSTOMER --api-keys FILE.")
+    return "\n".join(lines) + "\n\n"
+
+
+# ---- Adding an API key ---------------------------------------------------------------------------
+
+
+def add_key(options: argparse.Namespace) -> None:
+    """Make an API key, add its digest to the keys file, and print the key, which is not stored."""
+    path = options.api_keys
+    if not path:
+        raise ConfigurationError("--add-key needs --api-keys FILE, the file to add the key to")
+    api_key = secrets.token_urlsafe(32)
+    digest = hashlib.sha256(api_key.encode()).hexdigest()
+    entry = {"customer": options.add_key, "sha256": digest}
+    if options.calls is not None:
+        entry["calls"] = options.calls
+    if options.expires is not None:
+        entry["expires"] = options.expires
+    try:
+        parse_key(entry)
+    except ValueError as error:
+        raise ConfigurationError(f"argument --add-key: {error}") from None
+
+    try:
+        append_entry(path, entry)
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}") from None
     print(api_key)
-    print(f"A key for {options.add_key} was added to {options.api_keys}; it is shown this once only.", file=sys.stderr)
+    note = f"Added a key for {options.add_key} to {path}. The key will not be shown again."
+    print(note, file=sys.stderr)
+
+
+def append_entry(path: str, entry: Mapping[str, Any]) -> None:
+    """Add an entry to a keys file, which is replaced atomically. A new file has mode 0600.
+
+    Raises OSError or ConfigurationError if that fails; the file is then unchanged.
+    """
+    entries: list[Any] = []
+    status = None
+    if os.path.exists(path):
+        Keyring(path)  # raises ConfigurationError if the file cannot be used
+        status = os.stat(path)
+        entries = parse_entries(Path(path).read_bytes())
+    text = ",\n  ".join(json.dumps(each, ensure_ascii=False) for each in [*entries, entry])
+
+    target = os.path.realpath(path)  # a symbolic link stays one
+    directory = os.path.dirname(target)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=directory, delete=False) as file:
+        try:
+            file.write(f"[\n  {text}\n]\n")
+            file.flush()
+            if status is not None:  # the service must still be able to read the file
+                os.chmod(file.name, stat.S_IMODE(status.st_mode))
+                os.chown(file.name, status.st_uid, status.st_gid)
+            os.replace(file.name, target)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 if __name__ == "__main__":
