@@ -14,7 +14,8 @@ customers, and forwards each call to your endpoint in an HTTPS request:
     {"type": "track", "user_id": "u1", "event": "Signed Up", "message_id": "m1"}
 
 The credentials are the customer's API key, a colon and an empty password, in base64: here,
-`segment:`. The keys of the JSON object are in snake_case, although some senders use other casings.
+`segment:`. Segment documents the keys of the JSON object in snake_case, but also sends other
+casings. Whoever sends such requests is called the sender below, since not only Segment does.
 
 Segment acts on the status code of the reply, which it expects within about five seconds:
 
@@ -26,20 +27,25 @@ Segment acts on the status code of the reply, which it expects within about five
 Do not use any other status code. The body of an error may be a JSON object such as
 {"message": "Missing user_id"}; Segment shows the message to the customer.
 
-All this has three consequences. Store a call before you acknowledge it, because yours is then the
-only copy. Expect the same call twice, because replies get lost. Expect calls out of order.
+This has three consequences. Store a call before you acknowledge it: after that, yours is the only
+copy. Expect the same call twice, because a reply can get lost. Expect calls out of order, because
+retried calls arrive late.
 
-Start the receiver with `make run`, or use it from Python:
+Start the receiver with `make run`. To handle the calls in a program, define a destination:
 
     class Contacts(receiver.Destination):
         def identify(self, user_id, traits, call):
             if "email" not in traits:
                 raise receiver.Refusal(400, "Missing email address")
 
+Run it in a test, where the API key `segment` is valid by default:
+
     with receiver.serve(Contacts(), port=0) as server:  # a real HTTPS endpoint
         requests.post(server.url, json=..., auth=("segment", ""), verify=server.tls_cert)
 
-    receiver.main(Contacts())  # the command line, with every option
+Or run it as a program that parses command-line options and serves until it is stopped:
+
+    receiver.main(Contacts())
 """
 
 from __future__ import annotations
@@ -76,10 +82,9 @@ from email.utils import formatdate
 from enum import StrEnum
 from functools import lru_cache
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler
 from itertools import accumulate
 from pathlib import Path
-from socketserver import ThreadingTCPServer
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 from traceback import format_exception
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -88,10 +93,10 @@ __version__ = "2.0"
 # ==================================================================================================
 # Part 1. The protocol
 #
-# This part decides how each request is answered. It does no I/O: it opens no sockets or files,
-# starts no threads, and reads the time only through the clock that it is given. To implement the
-# protocol in another language, translate this part, and test the result with the requests in
-# fixtures/accepted.json and fixtures/refused.json.
+# This part decides how each request is answered. It does no I/O by itself: it opens no sockets or
+# files, starts no threads, and reads the time only through the clock that it is given. To implement
+# the protocol in another language, translate this part and `parse_head` in Part 3, and test the
+# result with the requests in fixtures/accepted.json and fixtures/refused.json.
 # ==================================================================================================
 
 # ---- Requests, replies and refusals --------------------------------------------------------------
@@ -114,7 +119,7 @@ class Request(NamedTuple):
     target: str  # path and query, as sent
     headers: Mapping[str, str]  # names in lower case, values without surrounding whitespace
     length: int | None  # the Content-Length in bytes; None if the header is missing
-    read: Callable[[], bytes]  # reads the body; call it once. Raises Refusal 408 or 400.
+    read: Callable[[], bytes]  # reads the body; call it once. Raises Refusal 400, 408 or 503.
 
 
 class Reply(NamedTuple):
@@ -124,8 +129,8 @@ class Reply(NamedTuple):
     body: Mapping[str, str] = {}  # sent as a JSON object; an empty body is not sent
     headers: Mapping[str, str] = {}
     customer: str = ""  # whose API key it was, once that is known
-    raw: Mapping[str, Any] = {}  # the call, once it has been parsed
-    outcome: str = ""  # "stored", "duplicate" or "forgotten", if the destination says so
+    raw: Mapping[str, Any] = {}  # the call as it was sent, with the protocol's names for its keys
+    outcome: str = ""  # what the destination did with the call, such as "duplicate"
     error: Exception | None = None  # the internal error behind a 500
 
 
@@ -157,7 +162,7 @@ class Refusal(Exception):  # noqa: N818 - this is the protocol's word, and not e
 
 @dataclass
 class Endpoint:
-    """What determines a reply, besides the request. Attributes may be assigned at any time."""
+    """What a reply depends on besides the request and the time. Attributes may be reassigned."""
 
     destination: Destination
     keys: Mapping[str, Key]  # by the SHA-256 digest of the API key, in hexadecimal
@@ -181,7 +186,7 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
     The protocol is a ladder: each rung either refuses the request or passes it on to the next. If a
     request has two faults, the order of the rungs decides which one is reported. The functions of
     the rungs follow in the same order. Rung 1, the grammar of the request's head, is `parse_head`
-    in Part 3.
+    in Part 3. The health check needs no API key, so it is answered after rung 4.
 
     KeyboardInterrupt and other exceptions outside of Exception propagate.
     """
@@ -201,7 +206,7 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
 
         check_body_headers(request, endpoint.max_body)  # rung 6: 411, 413, 415
 
-        body = request.read()  # rung 7: 400, 408
+        body = request.read()  # rung 7: 400, 408, 503
         raw = parse_body(body)
         settings = parse_settings(headers.get("x-segment-settings", ""))
 
@@ -216,6 +221,7 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
 
 def error_reply(error: Exception) -> Reply:
     """Return the reply to a Refusal or, for any other error, a 500 that reveals no details."""
+    # Check the status again, because a subclass may have set any value.
     if isinstance(error, Refusal) and error.status in range(400, 600):
         headers = {**STATUS_HEADERS.get(error.status, {}), **error.headers}
         return Reply(int(error.status), {"message": str(error.message)}, headers)
@@ -234,8 +240,8 @@ def find_path(target: str, endpoint_path: str) -> str:
     if path in (endpoint_path, HEALTH_PATH):
         return path
     message = f"Path {short_repr(path)} not found; use {short_repr(endpoint_path)}"
-    if path.startswith("/v1/"):
-        message += ". Let analytics SDKs post to Segment, not to a destination"
+    if path.startswith("/v1/"):  # the API to which analytics SDKs post
+        message += ". Analytics SDKs must post to Segment instead"
     raise Refusal(404, message)
 
 
@@ -264,7 +270,7 @@ def check_maintenance(maintenance: bool) -> None:
 
 
 class Key(NamedTuple):
-    """What an API key permits. No file holds the key itself, only its digest."""
+    """The customer and the permissions of an API key. The key itself is not stored anywhere."""
 
     customer: str
     calls: frozenset[str] | None = None  # the types of call that it may send; None permits all
@@ -272,10 +278,10 @@ class Key(NamedTuple):
 
 
 def find_key(authorization: str, keys: Mapping[str, Key]) -> Key:
-    """Return the entry of the API key in an Authorization header.
+    """Return what is known of the API key in an Authorization header.
 
-    Raises Refusal 401 if the header is missing or malformed, or if the API key is unknown. The
-    digests of all keys are compared, never the keys, so a guess cannot be improved by its timing.
+    Raises Refusal 401 if the header is missing or malformed, or if the API key is unknown. Keys are
+    looked up by their digests, so the time that this takes says nothing about how close a guess is.
     """
     key = keys.get(key_digest(authorization))
     if key is None:
@@ -297,12 +303,12 @@ def key_digest(authorization: str, /) -> str:
     try:
         decoded = decode_base64(credentials.lstrip(" ")).decode()
     except UnicodeDecodeError:
-        raise Refusal(401, "Authorization must have its credentials in UTF-8") from None
+        raise Refusal(401, "Authorization must contain credentials in UTF-8") from None
     except ValueError:
-        raise Refusal(401, "Authorization must have its credentials in base64") from None
+        raise Refusal(401, "Authorization must contain credentials in base64") from None
     api_key, colon, password = decoded.partition(":")
     if not colon:
-        raise Refusal(401, "Authorization must have a colon after the API key")
+        raise Refusal(401, "Authorization must contain a colon after the API key")
     if password:
         raise Refusal(401, "Password must be empty; the API key is the username")
     return hashlib.sha256(api_key.encode()).hexdigest()
@@ -311,8 +317,8 @@ def key_digest(authorization: str, /) -> str:
 def decode_base64(text: str) -> bytes:
     """Return the decoded bytes (RFC 4648 §4). Raises ValueError if the text is not base64.
 
-    Depending on its version, Python's decoder accepts excess padding and non-zero trailing bits. To
-    encode the result again shows whether the text was its one correct encoding.
+    Depending on its version, Python's decoder accepts excess padding and non-zero trailing bits.
+    Encoding the result again shows whether the text was in the canonical form.
     """
     decoded = base64.b64decode(text, validate=True)
     if base64.b64encode(decoded).decode() != text:
@@ -330,9 +336,9 @@ def check_expiry(key: Key, now: Clock) -> None:
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 §5.6.2
 
-# application/json (RFC 8259 §11), or a vendor's application/*+json (RFC 6839 §3.1), with any
-# parameters, of which some may be empty (RFC 9110 §5.6.6). A charset must be UTF-8. The possessive
-# `*+` never backtracks, so a long header cannot keep the matcher busy.
+# application/json (RFC 8259 §11), or a vendor's application/*+json (RFC 6839 §3.1), followed by any
+# parameters. A semicolon without a parameter is allowed (RFC 9110 §5.6.6), and a charset must be
+# UTF-8. The possessive `*+` never backtracks, so a long header cannot keep the matcher busy.
 JSON_TYPE = re.compile(
     rf"""
     application/ (?: {TOKEN} \+ )? json
@@ -370,24 +376,20 @@ def check_body_headers(request: Request, max_body: int) -> None:
         raise Refusal(415, message, {"Accept-Encoding": "identity"})  # RFC 9110 §15.5.16
 
 
-# ---- Rung 7: the body ----------------------------------------------------------------------------
+# ---- Rung 7: the body, and the settings ----------------------------------------------------------
 
 # The maximum nesting depth of arrays and objects. The JSON parsers of Python, SQLite and PostgreSQL
 # are safe at this depth; at a few thousand levels, some of them crash the process.
 MAX_DEPTH = 500
 
-# A JSON string, terminated or not, or a run of other text without brackets. The possessive
-# quantifiers keep the removal of all matches linear, whatever the text is.
-NOT_A_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[^\[\]{}"]++', re.DOTALL)
-
-ONE_CALL = "Body must be a single call; one request carries one call"
+ONE_CALL = "Body must be a single call: one request carries one call, not a batch"
 
 
 def parse_body(body: bytes) -> dict[str, Any]:
     """Return the call in a body. Raises Refusal 400 if the body is not a JSON object.
 
-    Keys at every depth are in snake_case, and the fields of a call have the protocol's names, in
-    whatever casing they were sent. Other values keep their meaning.
+    Keys at every depth are converted to snake_case. The fields of a call, which are at the top
+    level, get the protocol's names in whatever way they were spelled. Values are not changed.
     """
     raw = parse_json(body, "Body")
     if isinstance(raw, list):
@@ -418,7 +420,7 @@ def parse_settings(encoded: str) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, label: str) -> Any:
-    """Return a JSON value (RFC 8259, in UTF-8) with all keys in snake_case.
+    """Return a JSON value (RFC 8259, in UTF-8) with its keys converted to snake_case.
 
     If a key is repeated, its last value counts. A number without a fraction or exponent is an exact
     integer; any other number is a double. Raises Refusal 400, whose message begins with the label.
@@ -448,6 +450,11 @@ def parse_json(data: bytes, label: str) -> Any:
     return value
 
 
+# Whatever is not a structural bracket: a whole string (terminated or not), since brackets in it do
+# not count, or other text. The possessive quantifiers keep the time linear, whatever the text is.
+NOT_A_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[^\[\]{}"]++', re.DOTALL)
+
+
 def nesting_depth(text: str) -> int:
     """Return the greatest number of brackets open at once. The text need not be valid JSON."""
     brackets = NOT_A_BRACKET.sub("", text)
@@ -456,10 +463,10 @@ def nesting_depth(text: str) -> int:
 
 
 def parse_double(text: str) -> float:
-    """Return a number as a double. Raises ValueError for NaN, Infinity, and an overflow."""
+    """Return a number as a double. Raises ValueError if it overflows."""
     value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{short_repr(text)} is not a number that fits a double")
+    if math.isinf(value):
+        raise ValueError(f"{short_repr(text)} is out of range")
     return value
 
 
@@ -473,11 +480,16 @@ def parse_integer(text: str) -> int:
     return int(text)
 
 
+def refuse_constant(text: str) -> NoReturn:
+    """Raise ValueError for NaN and Infinity, which Python's parser accepts."""
+    raise ValueError(f"{text} is not allowed")
+
+
 def snake_keys(members: dict[str, Any], /) -> dict[str, Any]:
     """Return an object with its keys in snake_case.
 
-    If several keys have the same form in snake_case, the name goes to the key that is spelled so
-    already, or else to the first. The others keep their spelling, so that nothing is lost.
+    If several keys would become the same, a key that has that name already keeps it; otherwise, the
+    first one gets it. The others stay as they were sent, so that nothing is lost.
     """
     used_names = set(members)
     renamed = {}
@@ -491,11 +503,12 @@ def snake_keys(members: dict[str, Any], /) -> dict[str, Any]:
 def snake_case(key: str, /) -> str:
     """Return a key in snake_case: `userId`, `UserID`, `user-id` and `User Id` become `user_id`.
 
-    A capital letter starts a word after a lower-case letter or a digit, and also as the last of
-    several capitals before a lower-case letter (`HTMLParser` becomes `html_parser`). A hyphen or a
+    A capital letter starts a new word if it follows a lower-case letter or a digit, or if it
+    follows a capital and precedes a lower-case letter, as the P in `HTMLParser` does. A hyphen or a
     space becomes an underscore.
     """
     words = ""
+    # Each letter with its neighbors. The texts differ in length if the key is empty.
     for before, letter, after in zip(" " + key, key, key[1:] + " ", strict=False):
         starts_word = before.islower() or before.isdigit() or (before.isupper() and after.islower())
         if letter in " -":
@@ -513,7 +526,7 @@ def make_decoder(object_hook: Callable[[dict[str, Any]], Any]) -> json.JSONDecod
         object_hook=object_hook,
         parse_int=parse_integer,
         parse_float=parse_double,
-        parse_constant=parse_double,
+        parse_constant=refuse_constant,
     )
 
 
@@ -523,11 +536,12 @@ DECODER = make_decoder(snake_keys)
 def recognize_fields(raw: dict[str, Any]) -> dict[str, Any]:
     """Give the fields of a call the protocol's names, in place, and return the call.
 
-    Field names are compared ignoring case, underscores, hyphens and spaces, so that `userid` is
-    recognized as `user_id`. If a field has several spellings, the protocol's own one counts, or
-    else the first.
+    This is for spellings in which snake_case finds no words, such as `userid`. Names are compared
+    ignoring case, underscores, hyphens and spaces. If a field occurs in several spellings, the
+    protocol's own name counts, or else the first spelling; null counts as missing.
     """
-    for key in [key for key in raw if key not in FIELDS]:
+    unknown = [key for key in raw if key not in FIELDS]
+    for key in unknown:
         name = FIELD_SPELLINGS.get(squash(key))
         if name and raw.get(name) is None:
             raw[name] = raw.pop(key)
@@ -545,20 +559,21 @@ def squash(key: str) -> str:
 class CallType(NamedTuple):
     """What there is to know about one type of call.
 
-    A field that is an argument of some types only, such as `event`, is ignored in all other calls.
+    A field that only some types have as an argument, such as `event`, is ignored in calls of the
+    other types. Every call needs a user_id or an anonymous_id.
     """
 
     arguments: tuple[str, ...]  # the fields that a handler receives, before the whole call
-    required: str = ""  # a field that must not be missing or empty, besides the user
+    required: str = ""  # a field that, in addition, must be present and not empty
 
 
-# The types of the first published protocol, then the types that later revisions added.
 CALLS = {
     "identify": CallType(("user_id", "traits")),  # who is this?
     "track": CallType(("user_id", "event", "properties"), "event"),  # what are they doing?
     "page": CallType(("user_id", "name", "properties")),  # where are they doing it?
     "group": CallType(("user_id", "group_id", "traits"), "group_id"),  # what are they part of?
-    "delete": CallType(("user_id",), "user_id"),  # who wants to be forgotten? (not an anonymous_id)
+    # Later revisions of the protocol added these types.
+    "delete": CallType(("user_id",), "user_id"),  # who wants to be forgotten?
     "screen": CallType(("user_id", "name", "properties")),  # where in the app are they doing it?
     "alias": CallType(("user_id", "previous_id"), "previous_id"),  # who were they before?
 }
@@ -568,8 +583,9 @@ class Destination:
     """Where calls go. A subclass supports the types of call for which it defines a method.
 
     A method is called with the arguments in CALLS and then the whole call, for example
-    `identify(user_id, traits, call)`. It returns None for status 200, or HTTPStatus.ACCEPTED for
-    202. It raises Refusal to refuse the call. Any other exception is logged, and answered with 500.
+    `identify(user_id, traits, call)`; the user_id is None for an anonymous visitor. It returns None
+    for status 200, or HTTPStatus.ACCEPTED for 202. It raises Refusal to refuse the call. Any other
+    exception is logged, and answered with 500.
 
     Methods run in several threads at once; guard shared state.
     """
@@ -615,13 +631,13 @@ def check_permission(key: Key, call_type: str) -> None:
 class Call:
     """One call, after its fields have been checked.
 
-    A field has its default if it was missing, null, an empty id or time, invalid but tolerated, or
-    not used by this type of call. Times are text in UTC, such as 2026-01-15T09:41:07.250Z, which
-    sorts chronologically.
+    A field keeps its default if the sender left it out or sent null, if it is an empty id or time,
+    if it is invalid but in TOLERATED, or if this type of call does not use it. Times are text in
+    UTC, such as 2026-01-15T09:41:07.250Z, which sorts chronologically.
     """
 
     type: str  # a key of CALLS
-    user_id: str | None = None  # the customer's id of the user
+    user_id: str | None = None  # the customer's id for the user
     anonymous_id: str | None = None  # the id of a visitor; this or user_id is always present
     event: str | None = None  # track: what the user did
     name: str | None = None  # page and screen
@@ -631,8 +647,8 @@ class Call:
     properties: dict[str, Any]  # track, page and screen
     context: dict[str, Any]  # IP address, user agent, library, campaign, ...
     integrations: Any = None  # the other destinations that received the call
-    message_id: str = ""  # unique per call, and the same on every retry and replay; never empty
-    timestamp: str = ""  # when it happened: order calls by this; never empty
+    message_id: str = ""  # unique per call; parse_call makes one up if the sender sent none
+    timestamp: str = ""  # when it happened: order calls by this; parse_call always sets it
     sent_at: str | None = None  # when the client sent it
     received_at: str | None = None  # when Segment received it
     original_timestamp: str | None = None  # when it happened, by the client's own clock
@@ -640,7 +656,7 @@ class Call:
 
     customer: str  # whose API key the call was sent with
     settings: dict[str, Any]  # from X-Segment-Settings
-    raw: dict[str, Any]  # the whole call with its keys in snake_case, and its values as sent
+    raw: dict[str, Any]  # the whole call as it was sent, with the protocol's names for its keys
     size: int  # of the body, in bytes
     outcome: str | None = None  # a word for the log, such as "duplicate"; the destination sets it
 
@@ -652,7 +668,7 @@ class Call:
         settings: dict[str, Any],
         size: int,
     ) -> None:
-        """Make a call whose fields have their defaults."""
+        """Make a call in which all other fields have their defaults."""
         self.type = call_type
         self.traits = {}
         self.properties = {}
@@ -666,7 +682,7 @@ class Call:
 def parse_call(
     raw: dict[str, Any], customer: str, settings: dict[str, Any], size: int, now: Clock
 ) -> Call:
-    """Return the call with its fields checked and its defaults filled in.
+    """Return the call with its fields checked, and always with a timestamp and a message_id.
 
     The size is that of the body, in bytes. Raises Refusal 400, naming the field, if a field is
     invalid or a required field is missing.
@@ -677,7 +693,7 @@ def parse_call(
         if value is None or name not in checks:
             continue
         try:
-            checked = checks[name](value)
+            checked = checks[name](value)  # None keeps the default
         except ValueError as error:
             if name not in TOLERATED:
                 raise Refusal(400, f"{name} {error}") from None
@@ -725,7 +741,7 @@ def check_string(value: Any) -> str:
 
 
 def check_object(value: Any) -> dict[str, Any]:
-    """Return an object. An empty array counts as one, because PHP encodes empty objects so."""
+    """Return an object. An empty array counts as one, because PHP encodes {} as []."""
     if isinstance(value, dict):
         return value
     if value == []:
@@ -743,15 +759,13 @@ def accept(value: Any) -> Any:
     return value
 
 
-HOUR_MINUTE = r"(?:[01]\d|2[0-3]) : [0-5]\d"
-
 # A calendar date in extended form, alone or with a time, and the time with or without a zone. The
 # grammar is narrower than ISO 8601, and stays the same in every version of Python.
 ISO_8601 = re.compile(
-    rf"""
-    \d{{4}}-\d\d-\d\d
+    r"""
+    \d{4}-\d\d-\d\d
     (?:
-        [Tt ] {HOUR_MINUTE} (?: : [0-5]\d (?: [.,]\d+ )? )?
+        [Tt ] (?:[01]\d|2[0-3]) : [0-5]\d (?: : [0-5]\d (?: [.,]\d+ )? )?
         (?: [Zz] | [+-] (?:[01]\d|2[0-3]) (?: :? [0-5]\d )? )?
     )?
     """,
@@ -838,12 +852,16 @@ def dispatch(handler: Callable[..., Any], call: Call) -> int:
 # ---- Speed ---------------------------------------------------------------------------------------
 #
 # A sender repeats itself: it has one API key, and the JSON objects in its calls have the same keys
-# again and again. This section caches what is computed from them. Without it, every answer would be
-# the same; the parameters that can be passed by position only (`/`) are there for its sake.
+# again and again. This section caches what is computed from them. Deleting it would not change any
+# reply. The cached functions above have positional-only parameters (`/`), because their cached
+# versions accept no keywords.
 
 
 class ShortTextCache(dict[str, str]):
-    """A cache of a function's results. Long texts are not cached, as they could fill the memory."""
+    """A cache of a function's results for short texts; long ones could fill the memory.
+
+    A lookup of a cached result costs less than a call of a function, even one with `lru_cache`.
+    """
 
     def __init__(self, function: Callable[[str], str]) -> None:
         """Cache the results of this function."""
@@ -866,7 +884,7 @@ snake_case = ShortTextCache(snake_case).__getitem__
 def with_shortcut(
     convert: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return `convert`, which is `snake_keys`, with a shortcut for known snake_case keys."""
+    """Return a version of `snake_keys` that returns objects with only known names at once."""
     known: set[str] = set()
 
     def convert_unless_known(members: dict[str, Any], /) -> dict[str, Any]:
@@ -881,7 +899,7 @@ def with_shortcut(
 
 
 snake_keys = with_shortcut(snake_keys)
-DECODER = make_decoder(snake_keys)
+DECODER = make_decoder(snake_keys)  # again, because the first one holds the uncached function
 
 
 # ==================================================================================================
@@ -947,13 +965,17 @@ class GroupCommit(Destination):
 
         A Refusal in place of an outcome refuses that call alone. Raising a Refusal refuses the
         whole batch: raise 503 if the database cannot be reached. After any other exception, each
-        call is written again on its own, so that a fault in one call does not affect the others. So
-        before an exception leaves this method, the transaction must be rolled back.
+        call is written again on its own, so that one bad call does not fail the others. Roll back
+        the transaction before any exception leaves this method.
         """
         raise NotImplementedError
 
     def open(self) -> None:
-        """Connect to the database, before the first `write`. If that fails, it is tried again."""
+        """Connect to the database, before the first `write`.
+
+        If this fails, it is called again for the next batch. Once it has succeeded it is not called
+        again, so `write` must reconnect by itself.
+        """
 
     def shut(self) -> None:
         """Disconnect from the database, after the last `write`."""
@@ -995,7 +1017,7 @@ class GroupCommit(Destination):
     identify = track = page = group = delete = _submit_call
 
     def close(self) -> None:
-        """Store the calls that wait, and end the writer. This takes at most STORE_TIMEOUT."""
+        """Store the calls that wait, and end the writer. Gives up after STORE_TIMEOUT."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -1009,8 +1031,10 @@ class GroupCommit(Destination):
                 pass
             if self._is_open:
                 self.shut()
+        except Exception:
+            log.exception("The writer has failed")
         finally:
-            self.failed = not self._closing  # otherwise an exception ends the writer
+            self.failed = not self._closing  # without close(), an exception has led here
 
     def _write_next_batch(self) -> bool:
         """Wait for calls and write them. Return False after `close`, once nothing waits.
@@ -1025,34 +1049,37 @@ class GroupCommit(Destination):
         batch = [waiting for waiting in taken if time.monotonic() < waiting.deadline]
         if batch:
             results = self._write_batch([waiting.call for waiting in batch])
-            for waiting, result in zip(batch, results or self._write_each(batch), strict=True):
+            if results is None:
+                results = self._write_each(batch)
+            for waiting, result in zip(batch, results, strict=True):
                 waiting.result.put(result)
         return bool(taken) or not self._closing
 
-    def _write_batch(self, calls: list[Call]) -> Sequence[Outcome | Exception]:
-        """Write these calls and return the result of each, or nothing if each must be retried."""
+    def _write_batch(self, calls: list[Call]) -> Sequence[Outcome | Exception] | None:
+        """Write these calls, and return the result of each, or None to write them one by one."""
         try:
             if not self._is_open:
                 self.open()
                 self._is_open = True
             outcomes = self.write(calls)
-            if len(outcomes) != len(calls):
-                raise TypeError(f"write returned {len(outcomes)} outcomes for {len(calls)} calls")
-            return outcomes
         except Refusal as refusal:
             return [refusal] * len(calls)
         except Exception as error:
             if not self._is_open:
                 log.exception("The destination could not be opened")
                 return [Refusal(503, "The call cannot be stored at the moment")] * len(calls)
-            return [error] if len(calls) == 1 else []
+            return [error] if len(calls) == 1 else None
+        if len(outcomes) != len(calls):
+            message = f"write returned {len(outcomes)} outcomes for {len(calls)} calls"
+            return [TypeError(message) for _ in calls]
+        return outcomes
 
     def _write_each(self, batch: list[WaitingCall]) -> list[Outcome | Exception]:
         """Write each call of a failed batch on its own, unless nobody waits for it any longer."""
         results: list[Outcome | Exception] = []
         for waiting in batch:
             if time.monotonic() < waiting.deadline:
-                results += self._write_batch([waiting.call])
+                results += self._write_batch([waiting.call]) or []
             else:
                 results.append(Refusal(503, "The call could not be stored in time"))
         return results
@@ -1074,12 +1101,12 @@ def merged_traits(condition: str) -> str:
     """Return SQL for the merged traits of a user or an account, as one JSON object.
 
     Each trait has its value from the newest call that contains it, which may be null; of equally
-    new calls, the last received one counts. The condition selects the calls `c` that belong to the
-    user or account, which the surrounding query names `owner`.
+    new calls, the last received one counts. The condition selects the calls of one user or account:
+    in it, `c` is a call, and `owner` is the row of the surrounding query.
 
-    `->` gives the JSON of a trait exactly as it was stored. It cannot look up a name that contains
-    a quotation mark; then the value is assembled from what json_each gives, and doubles are
-    rounded. Without "materialized", SQLite would sort a copy of the whole call for each trait.
+    `->` gives the JSON of a trait exactly as it was stored, but finds nothing if the name contains
+    a quotation mark. In that case, `coalesce` falls back to the value from json_each, which may
+    round a number. Without "materialized", SQLite would sort a copy of the whole call per trait.
     """
     return f"""(
     with trait_values as materialized (
@@ -1190,15 +1217,15 @@ DELETE_USER = """
     where customer = :customer and user_id = :user_id and type <> 'delete'
         and timestamp <= :timestamp"""
 
-# The fields of a delete that are kept. Others might reveal something about the user.
-KEPT_IDS = ["type", "user_id", "anonymous_id", "message_id"]
-KEPT_TIMES = ["timestamp", "original_timestamp", "sent_at", "received_at"]
+# The fields of a delete that are kept: type, ids and times. Others might tell about the user.
+KEPT_FIELDS = ["type", "user_id", "anonymous_id", "message_id", "timestamp"]
+KEPT_FIELDS += ["original_timestamp", "sent_at", "received_at"]
 
 
 # ---- The default destination ---------------------------------------------------------------------
 
-# Seconds to wait for another program that has locked the database. A call may wait for the lock
-# twice, because the batch before it does, too; so this is less than half of STORE_TIMEOUT.
+# Seconds to wait for another program that has locked the database. A call can sit through two such
+# waits, that of the batch before it and its own, so this must be less than half of STORE_TIMEOUT.
 LOCK_TIMEOUT = 2.0
 
 # SQLite copies its write-ahead log (WAL) into the database when it has this many pages of 4 KiB,
@@ -1270,8 +1297,7 @@ class Store(GroupCommit):
         if call.type == "delete":
             # A delete dated in the future must not forget calls that have not happened yet.
             values["timestamp"] = min(call.timestamp, received_at)
-            fields = KEPT_IDS + KEPT_TIMES
-            kept = {name: call.raw[name] for name in fields if name in call.raw}
+            kept = {name: call.raw[name] for name in KEPT_FIELDS if name in call.raw}
             values["call"] = to_json(kept)
         else:
             values["call"] = to_json(call.raw)
@@ -1287,8 +1313,8 @@ class Store(GroupCommit):
     def _truncate_wal(self) -> None:
         """Remove deleted data from the WAL, unless a reader still uses it.
 
-        It does not wait for a reader, because calls wait meanwhile. Instead, it runs again after
-        each batch until it succeeds; closing the database removes the WAL, too.
+        Waiting for the reader would hold up calls. So this is tried again after every batch until
+        it succeeds; closing the database removes the WAL, too.
         """
         with contextlib.suppress(sqlite3.Error):
             self._db.execute("pragma busy_timeout = 0")
@@ -1306,7 +1332,7 @@ def open_database(path: str) -> sqlite3.Connection:
     if sqlite3.sqlite_version_info < (3, 38):
         raise ConfigurationError(f"SQLite must be 3.38 or newer, not {sqlite3.sqlite_version}")
     check_database_file(path)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite would create it with 0644
     db = sqlite3.connect(
         os.path.abspath(path), timeout=LOCK_TIMEOUT, isolation_level=None, check_same_thread=False
     )
@@ -1381,7 +1407,7 @@ def check_regular_file(path: str) -> None:
 
 @lru_cache(maxsize=1)
 def utc_second(second: int) -> str:
-    """Format a Unix time in whole seconds, without a zone. Every line of the log needs it."""
+    """Format a Unix time in whole seconds, without a zone. Cached for the lines of the log."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
@@ -1394,7 +1420,7 @@ def utc_now() -> str:
 # ==================================================================================================
 # Part 3. The server
 #
-# HTTP/1.1 over TLS, built on `http.server` and `ssl`, with one thread per connection. Sockets
+# HTTP/1.1 over TLS, built on `socketserver` and `ssl`, with one thread per connection. Sockets
 # block, which is simple and fast. Instead of a timeout for each read, every connection has a
 # deadline. Once it has passed, the accept thread hangs up, even if bytes are still trickling in.
 # ==================================================================================================
@@ -1402,7 +1428,7 @@ def utc_now() -> str:
 # ---- Rung 1: the head of a request ---------------------------------------------------------------
 #
 # If two programs disagree about where a request ends, one request can be smuggled inside another.
-# The parser of `http.server` accepts much that others read differently. Therefore this section
+# Python's own parser, in `http.server`, accepts much that others read differently. So this section
 # implements the grammar of RFC 9112 strictly; a request that does not match it is refused, and its
 # connection closed.
 
@@ -1415,7 +1441,7 @@ ABSOLUTE_FORM = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]+")  # RFC 9112 §3
 HEADER_LINE = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)")  # RFC 9112 §5, without folding
 BARE_LF = re.compile(rb"(?<!\r)\n")  # RFC 9112 §2.2
 
-# Headers that must not be repeated, because two programs could pick different values.
+# Headers that must not be repeated with another value: two programs could pick different ones.
 SINGLETON_HEADERS = {"host", "content-length", "content-type", "authorization"}
 
 
@@ -1427,7 +1453,7 @@ class Head(NamedTuple):
     headers: Mapping[str, str]  # without Content-Length
     keep_alive: bool  # whether another request may follow on the connection
     expects_continue: bool  # whether the client waits for "100 Continue" before it sends the body
-    length: int | None  # the Content-Length; stays the last field, for the section on speed
+    length: int | None  # the Content-Length; must stay last, as with_head_cache replaces it
 
 
 def parse_head(head: str, /) -> Head:
@@ -1455,10 +1481,10 @@ def parse_head(head: str, /) -> Head:
         raise Refusal(400, "Transfer-Encoding and Content-Length must not be combined")
 
     options = [option.strip(" \t") for option in headers.get("connection", "").lower().split(",")]
-    wants_keep_alive = "keep-alive" in options if is_http_1_0 else True
-    # After any of these, the bytes that follow may not be an HTTP request.
-    changes_protocol = method == "CONNECT" or "upgrade" in headers or has_transfer_coding
-    keep_alive = wants_keep_alive and "close" not in options and not changes_protocol
+    wants_keep_alive = "keep-alive" in options or not is_http_1_0
+    # In these cases, the bytes that follow on the connection might not be an HTTP request.
+    is_uncertain = method == "CONNECT" or "upgrade" in headers or has_transfer_coding
+    keep_alive = wants_keep_alive and "close" not in options and not is_uncertain
     expects_continue = headers.get("expect", "").lower() == "100-continue" and not is_http_1_0
     return Head(method, origin_form(target), headers, keep_alive, expects_continue, length)
 
@@ -1466,7 +1492,7 @@ def parse_head(head: str, /) -> Head:
 def parse_headers(lines: list[str]) -> dict[str, str]:
     """Return the headers by their names in lower case. Repeated headers are joined (RFC 9110 §5.3).
 
-    Raises Refusal 400 if a line is malformed, or a header repeated that must not be; Refusal 431 if
+    Raises Refusal 400 if a line is malformed or a header is wrongly repeated, and Refusal 431 if
     there are too many lines.
     """
     if len(lines) > MAX_HEADERS:
@@ -1493,13 +1519,15 @@ def parse_length(text: str | None) -> int | None:
     if text is None:
         return None
     if not (text.isascii() and text.isdigit()):  # int() would accept a sign and underscores
-        raise Refusal(400, f"Content-Length must be an integer in digits, not {short_repr(text)}")
+        raise Refusal(
+            400, f"Content-Length must be an integer without a sign, not {short_repr(text)}"
+        )
     digits = text.lstrip("0")[:19]  # 19 digits exceed any limit; int() is slow on thousands
     return int(digits or "0")
 
 
 def origin_form(target: str) -> str:
-    """Return the path and query of a target in absolute form. Any other target is unchanged."""
+    """Reduce a target in absolute form to its path and query; return others unchanged."""
     absolute = ABSOLUTE_FORM.match(target)
     if not absolute:
         return target
@@ -1510,7 +1538,8 @@ def origin_form(target: str) -> str:
 # ---- Speed ---------------------------------------------------------------------------------------
 #
 # The heads of one sender differ in nothing but their Content-Length. So this section caches parsed
-# heads, with that number replaced by 0. Without it, every answer would be the same.
+# heads, with that number replaced by 0, which saves more than half of the time to parse one.
+# Deleting it would not change any reply. Requests share the cached headers, so do not modify them.
 
 
 def with_head_cache(parse: Callable[[str], Head]) -> Callable[[str], Head]:
@@ -1546,12 +1575,17 @@ def http_date(second: int) -> str:
     return formatdate(second, usegmt=True)
 
 
-class Connection(BaseHTTPRequestHandler):
+class Connection(BaseRequestHandler):
     """One connection, from the TLS handshake to the last reply, in a thread of its own.
 
-    BaseHTTPRequestHandler contributes the loop over requests. This class reads and writes by
-    itself, because the parser of `http.server` is lenient. Other threads use the attributes that
-    are marked as shared; see the table in the section "All connections".
+    Other threads use the attributes that are marked as shared; see the table in the section "All
+    connections". The deadline, after which the accept thread hangs up, depends on what happens:
+
+        handshake and first request     `timeout` after the connection was accepted
+        waiting for another request     `keep_alive` after the last reply
+        a later request                 `timeout` after its first byte
+        a handler runs                  none, because the client has done its part
+        sending and discarding          `timeout` after the reply was made
     """
 
     server: Server
@@ -1566,12 +1600,14 @@ class Connection(BaseHTTPRequestHandler):
         self.hung_up = False  # shared; the server has shut down reading
         self.evicted = False  # shared; the server has hung up to make room
 
+        self.close_connection = False  # no other request can follow
+        self.method = ""  # of the current request, once it is known
         self.buffer = bytearray()  # received, but not yet processed
         self.body_left = 0  # bytes of the current body that are not yet processed
         self.expects_continue = False
 
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        # Otherwise the kernel would hold a reply that the client does not read for many minutes.
+        # Without this, the kernel would keep an unread reply for many minutes.
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             milliseconds = int(self.server.options.timeout * 1000)
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
@@ -1593,10 +1629,11 @@ class Connection(BaseHTTPRequestHandler):
             self.tls.do_handshake()
         except OSError:
             if self.hung_up:
-                return  # nobody was there to complain to, so the log has no line either
+                return  # too late: without TLS no reply is possible, and a log line is not worth it
             raise
         with contextlib.suppress(OSError):  # the connection is broken
-            super().handle()
+            while not self.close_connection:
+                self.handle_request()
 
     def finish(self) -> None:
         """Close the connection gracefully, and make the server forget it, whatever happens."""
@@ -1608,9 +1645,9 @@ class Connection(BaseHTTPRequestHandler):
 
     # -- Requests --
 
-    def handle_one_request(self) -> None:
+    def handle_request(self) -> None:
         """Handle one request. Set `close_connection` if no other request can follow."""
-        self.close_connection = True
+        self.close_connection = True  # unless the request turns out to be well-formed
         if not self.wait_for_request():
             return
         started = time.monotonic()
@@ -1620,8 +1657,7 @@ class Connection(BaseHTTPRequestHandler):
 
         self.server.log_request(reply, time.monotonic() - started)
         self.close_connection = self.close_connection or self.must_close(reply)
-        if not self.hung_up:  # otherwise the time for a last reply is running
-            self.set_deadline(self.server.options.timeout)
+        self.set_deadline(self.server.options.timeout)
         self.send(reply)
         if not self.close_connection:
             self.discard_body()
@@ -1641,27 +1677,29 @@ class Connection(BaseHTTPRequestHandler):
 
     def make_reply(self) -> Reply:
         """Read a request, and return the reply to it."""
-        self.command = ""  # the method, once it is known
+        self.method = ""
         try:
             request = self.read_request()
         except Refusal as refusal:
-            if not self.command and self.buffer.startswith(b"HEAD "):
-                self.command = "HEAD"  # not even this reply may have a body
+            if not self.method and self.buffer.startswith(b"HEAD "):
+                self.method = "HEAD"  # not even this reply may have a body
             return error_reply(refusal)
         return answer(request, self.server.endpoint, utc_now)
 
     def must_close(self, reply: Reply) -> bool:
         """Return whether the connection must close after this reply."""
-        # The body has no known length, or the client may never send it.
-        unknown_body = reply.status == 411 or (self.expects_continue and self.body_left > 0)
+        unknown_length = reply.status == 411
+        may_never_arrive = self.expects_continue and self.body_left > 0
         too_long = self.body_left > self.server.options.max_body
-        return unknown_body or too_long or self.hung_up or self.server.stopping
+        if unknown_length or may_never_arrive or too_long:
+            return True
+        return self.hung_up or self.server.stopping
 
     def read_request(self) -> Request:
         """Return the next request, whose body is not read yet. Raises Refusal."""
         text = self.read_head()
         self.head_received = True
-        self.command = text.partition(" ")[0]
+        self.method = text.partition(" ")[0]
         head = parse_head(text)
         self.close_connection = not head.keep_alive
         self.body_left = head.length or 0
@@ -1671,15 +1709,16 @@ class Connection(BaseHTTPRequestHandler):
     def read_head(self) -> str:
         """Return the head of a request.
 
-        Raises Refusal if it is too long or has a bare line feed, without waiting for its end, or if
-        the connection ends first.
+        Raises Refusal as soon as it is too long or has a bare line feed, or if the connection ends
+        before it does.
         """
         resume_at = 0  # where the search for the end of the head resumes
         while (end := self.buffer.find(b"\r\n\r\n", resume_at)) < 0:
             check_partial_head(self.buffer, resume_at)
             resume_at = max(0, len(self.buffer) - 3)
             self.receive("Request head")
-        check_partial_head(self.buffer[:end], end)
+        if end > MAX_HEAD:
+            raise Refusal(431, f"Request head must be at most {MAX_HEAD} bytes long")
         head = self.buffer[:end].decode("latin-1")
         del self.buffer[: end + 4]
         return head.removeprefix("\r\n")  # one empty line may come first (RFC 9112 §2.2)
@@ -1697,7 +1736,7 @@ class Connection(BaseHTTPRequestHandler):
         body = bytes(self.buffer[: self.body_left])
         del self.buffer[: self.body_left]
         self.body_left = 0
-        self.deadline = math.inf
+        self.set_deadline(math.inf)
         return body
 
     def discard_body(self) -> None:
@@ -1734,7 +1773,7 @@ class Connection(BaseHTTPRequestHandler):
 
     def send(self, reply: Reply) -> None:
         """Send a reply."""
-        message = render_message(reply, self.close_connection, self.command == "HEAD")
+        message = render_message(reply, self.close_connection, self.method == "HEAD")
         while message:  # SSLSocket.sendall() would add a measurable overhead
             message = message[self.tls.send(message) :]
 
@@ -1752,7 +1791,7 @@ class Connection(BaseHTTPRequestHandler):
         read it. So shut down the sending side, and read until the client closes, too.
         """
         end = time.monotonic() + LINGER
-        self.deadline = math.inf
+        self.deadline = math.inf  # this method ends by itself
         self.tls.settimeout(LINGER)
         with contextlib.suppress(OSError, ValueError):  # ValueError: there was no handshake
             self.tls.unwrap()  # sends close_notify, and waits for that of the client
@@ -1764,8 +1803,9 @@ class Connection(BaseHTTPRequestHandler):
     # -- Deadlines --
 
     def set_deadline(self, seconds: float) -> None:
-        """Set the deadline, in seconds from now."""
-        self.deadline = time.monotonic() + seconds
+        """Set the deadline, in seconds from now. After `hang_up`, its own deadline stays."""
+        if not self.hung_up:
+            self.deadline = time.monotonic() + seconds
 
     def hang_up(self) -> None:
         """Shut down reading, so that the connection's own thread wakes up. Called by other threads.
@@ -1775,17 +1815,17 @@ class Connection(BaseHTTPRequestHandler):
         """
         how = socket.SHUT_RDWR if self.hung_up else socket.SHUT_RD
         self.hung_up = True
-        self.set_deadline(LINGER)
+        self.deadline = time.monotonic() + LINGER
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.tls, how)
 
 
-def check_partial_head(buffer: bytearray, checked: int) -> None:
-    """Raise Refusal if a head, complete or not, is too long or has a bare line feed.
+def check_partial_head(buffer: bytearray, search_from: int) -> None:
+    """Raise Refusal if a head is too long already, or has a bare line feed.
 
-    The first bytes, as many as `checked` says, are not checked for line feeds again.
+    The bytes before `search_from` have been searched for line feeds before.
     """
-    if BARE_LF.search(buffer, checked):
+    if BARE_LF.search(buffer, search_from):
         raise Refusal(400, "Malformed line; every line must end in CR LF")
     if len(buffer) > MAX_HEAD:
         raise Refusal(431, f"Request head must be at most {MAX_HEAD} bytes long")
@@ -1847,17 +1887,11 @@ class Keyring:
         except ConfigurationError as error:
             log.error("Keeping the previous keys: %s", error)
         else:
-            log.warning("Read %d keys from %s", len(self.keys), self.path)
+            log.warning("Reloaded %d keys from %s", len(self.keys), self.path)
 
     def _read(self) -> dict[str, Key]:
         """Return the keys in the file. Raises ConfigurationError."""
-        check_regular_file(self.path)
-        try:
-            keys = parse_keys(Path(self.path).read_bytes())
-        except OSError as error:
-            raise ConfigurationError(f"{self.path}: {error.strerror}") from None
-        except ValueError as error:
-            raise ConfigurationError(f"{self.path}: {error}") from None
+        _, keys = read_keys_file(self.path)
         if DEMO_DIGESTS & keys.keys() and not self.allow_demo_keys:
             raise ConfigurationError(
                 f"{self.path} holds a demo key, which everybody knows, so --bind must be a loopback"
@@ -1875,13 +1909,25 @@ def file_stamp(path: str) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def parse_keys(data: bytes) -> dict[str, Key]:
-    """Return the keys in the content of a keys file, by digest.
+def read_keys_file(path: str) -> tuple[list[Any], dict[str, Key]]:
+    """Return the entries of a keys file, and the keys that they describe, by digest.
 
-    Raises ValueError, naming the entry, if one is invalid.
+    Raises ConfigurationError if the file cannot be used.
     """
+    check_regular_file(path)
+    try:
+        entries = parse_entries(Path(path).read_bytes())
+        return entries, parse_keys(entries)
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigurationError(f"{path}: {error}") from None
+
+
+def parse_keys(entries: list[Any]) -> dict[str, Key]:
+    """Return keys by digest. Raises ValueError, naming the entry, if one is invalid."""
     keys: dict[str, Key] = {}
-    for number, entry in enumerate(parse_entries(data), 1):
+    for number, entry in enumerate(entries, 1):
         try:
             digest, key = parse_key(entry)
             if digest in keys:
@@ -1919,26 +1965,33 @@ def parse_key(entry: Any) -> tuple[str, Key]:
     digest = entry.get("sha256")
     if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
         raise ValueError("sha256 must be 64 hexadecimal digits in lower case")
-    calls = None
-    if entry.get("calls") is not None:
-        calls = parse_call_types(entry["calls"])
-    expires = None
-    if entry.get("expires") is not None:
-        try:
-            expires = parse_time(entry["expires"])
-        except ValueError as error:
-            raise ValueError(f"expires {error}") from None
+    calls = optional_member(entry, "calls", parse_call_types)
+    expires = optional_member(entry, "expires", parse_time)
     return digest, Key(customer, calls, expires)
 
 
+def optional_member(entry: Mapping[str, Any], name: str, parse: Callable[[Any], Any]) -> Any:
+    """Return a parsed member of an entry, or None if it is missing. Raises ValueError."""
+    value = entry.get(name)
+    if value is None:
+        return None
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
+
+
 def parse_call_types(names: Any) -> frozenset[str]:
-    """Return a set of types of call. Raises ValueError, naming the invalid value."""
+    """Return a set of types of call. Raises ValueError, naming the invalid value.
+
+    As with the checks of fields, the message continues a sentence: "calls must be …".
+    """
     if not isinstance(names, list):
-        raise ValueError("calls must be an array")
+        raise ValueError("must be an array")
     for name in names:
         if not isinstance(name, str) or name not in CALLS:
             known = ", ".join(CALLS)
-            raise ValueError(f"calls must be of the types {known}, not {short_repr(name)}")
+            raise ValueError(f"must be of the types {known}, not {short_repr(name)}")
     return frozenset(names)
 
 
@@ -1953,7 +2006,7 @@ class LogBuffer(logging.Handler):
 
     So a full disk, or a reader that has stalled, delays nothing but the log. Lines about requests
     use `write`, because a logging record for each request would halve the number of calls per
-    second. `main` makes this the handler of all other lines, too.
+    second. `run` also makes this the handler of the logger `receiver`.
     """
 
     def __init__(self) -> None:
@@ -1965,8 +2018,9 @@ class LogBuffer(logging.Handler):
         self._dropped = 0
         self._closing = threading.Event()
         self._stream: BinaryIO | None = None
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # it is closed, or no file
-            # An unbuffered stream, because sys.stderr would keep, and repeat, what it cannot write.
+        # Standard error may be closed, or may have been replaced by something that is not a file.
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            # Unbuffered, because sys.stderr would keep text that it failed to write, and repeat it.
             self._stream = open(os.dup(sys.stderr.fileno()), "wb", buffering=0)  # noqa: SIM115
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
@@ -2014,10 +2068,12 @@ class LogBuffer(logging.Handler):
                 written = self._stream.write(data)
                 data = data[written or 0 :]
                 if written is None:  # a non-blocking stream that is full at the moment
-                    self._closing.wait(LOG_INTERVAL)
+                    if self._closing.is_set():
+                        return
+                    time.sleep(LOG_INTERVAL)
         except OSError:  # for example, because the disk is full
             with self._guard:
-                self._dropped += dropped + lines.count("\n")
+                self._dropped += dropped + data.count(b"\n")
 
 
 def log_line(reply: Reply, seconds: float, verbose: bool) -> str:
@@ -2070,17 +2126,19 @@ def json_or_repr(value: object) -> str:
 
 # ---- All connections -----------------------------------------------------------------------------
 #
-# State that threads share. Each of these attributes is assigned, or each set changed, in a single
-# step, which is atomic in CPython. If a reader may act on an old value, the last column says what
-# happens then.
+# State that threads share. Every write is a single step (an assignment, or one change to a set),
+# which is atomic in CPython. If a reader may act on an old value, the table says what happens then.
 #
 #   attribute                    written by                  read by
 #   ---------------------------  --------------------------  --------------------------------------
 #   Server.connections           connection threads          accept thread and stop(), which copy it
 #   Server.tls_context           accept thread               connection threads, once each
 #   Server.reload_requested      main and accept thread      accept thread
-#   Server.stopping              stop()                      connection threads
+#   Server.stopping              stop()                      accept and connection threads
+#   Server.on_failure            main thread, before it      accept thread
+#                                reads Server.failed
 #   Server.failed                accept thread               main thread
+#   Destination.failed           the writer                  accept and connection threads
 #   Keyring.keys, Endpoint.keys  accept thread               connection threads
 #   Endpoint.maintenance         main thread                 connection threads
 #   Connection.deadline          its thread and hang_up()    accept thread: it may hang up on a
@@ -2089,13 +2147,13 @@ def json_or_repr(value: object) -> str:
 #   Connection.idle_since,       its thread                  accept thread and stop(): they may hang
 #     .head_received                                         up on a connection that has just become
 #                                                            busy; then the sender retries
-#   Connection.hung_up           accept thread and stop()    its thread
+#   Connection.hung_up           accept thread and stop()    its thread, accept thread and stop()
 #   Connection.evicted           accept thread               its thread
 #
 # GroupCommit and LogBuffer have locks, and `connection_slots` is a semaphore.
 
-NEWCOMER_AGE = 1.0  # seconds; before its first head, a younger connection is not evicted
-SHUTDOWN_GRACE = 4.0  # seconds for requests in flight
+NEWCOMER_AGE = 1.0  # seconds; a younger connection that has not sent a head is not evicted
+SHUTDOWN_GRACE = 2.5  # seconds for requests in flight
 REPLY_GRACE = 0.5  # seconds for the last replies after that
 
 # What accept() says when this process or the system has run out of something.
@@ -2172,7 +2230,7 @@ class Server(ThreadingTCPServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. Raises OSError if none can be accepted now."""
         if not self.connection_slots.acquire(blocking=False):
-            patience = 1.0 if self.evict_connection() else 0.1  # seconds until a slot is free
+            patience = 1.0 if self.evict_connection() else 0.1  # seconds to wait for a free slot
             if not self.connection_slots.acquire(timeout=patience):
                 raise BlockingIOError  # the client waits in the backlog
         try:
@@ -2254,13 +2312,13 @@ class Server(ThreadingTCPServer):
         except ConfigurationError as error:
             log.error("Keeping the previous certificate: %s", error)
         else:
-            log.warning("Read the certificate %s", self.options.tls_cert)
+            log.warning("Reloaded the certificate from %s", self.options.tls_cert)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log a client's error in one line, and an error of this program with its traceback."""
         error = sys.exception()
         ours = not isinstance(error, OSError)
-        log.warning("Connection with %s: %s", client_address[0], error, exc_info=ours)
+        log.warning("Connection from %s failed: %s", client_address[0], error, exc_info=ours)
 
     def log_request(self, reply: Reply, seconds: float) -> None:
         """Log a request; with --quiet, only if it was refused or failed."""
@@ -2281,8 +2339,9 @@ class Server(ThreadingTCPServer):
     def stop(self) -> None:
         """Accept no more connections, finish the requests in flight, and close the destination.
 
-        This takes at most SHUTDOWN_GRACE and REPLY_GRACE, a second for the accept thread, and the
-        time that the destination needs to close. Further calls do nothing.
+        This takes at most the sum of SHUTDOWN_GRACE, REPLY_GRACE, a second each for the accept
+        thread and for the log, and the time that the destination needs to close. Further calls do
+        nothing.
         """
         if self.stopping:
             return
@@ -2444,9 +2503,8 @@ def make_parser(destination: Destination | None) -> Parser:
             f"Receive Segment's calls over HTTPS, and pass them to {type(destination).__name__}."
         )
     parser = Parser(description=description, allow_abbrev=False)
-    default_keys = beside_this_file(DEMO_KEYS_FILE).replace(
-        "%", "%%"
-    )  # argparse formats help texts
+    default_keys = beside_this_file(DEMO_KEYS_FILE)
+    default_keys = default_keys.replace("%", "%%")  # because argparse formats help texts
     add = parser.add_argument
     add(
         "--bind",
@@ -2522,12 +2580,12 @@ def make_parser(destination: Destination | None) -> Parser:
         metavar="N",
         type=number_between(int, 1, 100_000),
         default=1000,
-        help="most connections open at the same time (default: %(default)s)",
+        help="maximum number of open connections (default: %(default)s)",
     )
     add(
         "--maintenance",
         action="store_true",
-        help="start in maintenance, which answers 503; SIGUSR1 turns it off or on",
+        help="start in maintenance, in which requests are answered 503; SIGUSR1 toggles it",
     )
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument(
@@ -2576,7 +2634,7 @@ def options_from_keywords(
         flag = "--" + name.replace("_", "-")
         if value is True:
             words.append(flag)
-        elif value is not None and value is not False:  # not `in`, because 0 == False
+        elif value is not None and value is not False:  # `value in (None, False)` would match 0
             words.append(f"{flag}={value}")
     return with_default_keys(parser.parse_args(words))
 
@@ -2630,7 +2688,7 @@ def calls_option(text: str) -> list[str]:
     try:
         parse_call_types(names)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix("calls ")) from None
+        raise argparse.ArgumentTypeError(str(error)) from None
     return names
 
 
@@ -2654,9 +2712,8 @@ def run(destination: Destination | None, options: argparse.Namespace) -> int:
     SIGHUP reads the keys and the certificate again. SIGUSR1 starts or ends maintenance.
     """
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, signals
-    )  # received by sigwait only; threads inherit it
+    # Block the signals here and in all threads that start later, so that only sigwait gets them.
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     tune_process(options.max_connections)
     with Server(destination, options) as server:
         log.addHandler(server.log)
@@ -2677,6 +2734,7 @@ def run(destination: Destination | None, options: argparse.Namespace) -> int:
         forced_exit.start()
     forced_exit.cancel()
     log.removeHandler(server.log)
+    signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
     return status
 
 
@@ -2688,7 +2746,7 @@ def force_exit(server: Server, status: int) -> None:
 
 
 def tune_process(max_connections: int) -> None:
-    """Allow enough open files, and ask the kernel for longer time slices."""
+    """Allow enough open files, and keep waking threads from preempting each other."""
     import resource  # not at the top of the file, because `serve` does not need Unix
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -2698,7 +2756,7 @@ def tune_process(max_connections: int) -> None:
             wanted = min(wanted, hard)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    # By default, a thread that wakes up interrupts the one that holds the GIL, only to wait for it.
+    # By default, a waking thread preempts the one that holds the GIL, and then waits for the GIL.
     if hasattr(os, "SCHED_BATCH"):
         with contextlib.suppress(OSError):  # not permitted in some containers
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
@@ -2718,7 +2776,7 @@ def announce(server: Server) -> None:
 
 
 def startup_hint(server: Server) -> str:
-    """Return a hint at what to do next, for somebody who started the server by hand."""
+    """Return a hint about what to do next, for somebody who started the server by hand."""
     options = server.options
     has_demo_keys = bool(DEMO_DIGESTS & server.keyring.keys.keys())
     command = ["curl", "-i", "--cacert", options.tls_cert]
@@ -2779,9 +2837,8 @@ def append_entry(path: str, entry: Mapping[str, Any]) -> None:
     entries: list[Any] = []
     status = None
     if os.path.exists(path):
-        Keyring(path)  # raises ConfigurationError if the file cannot be used
         status = os.stat(path)
-        entries = parse_entries(Path(path).read_bytes())
+        entries, _ = read_keys_file(path)
     text = ",\n  ".join(json.dumps(each, ensure_ascii=False) for each in [*entries, entry])
 
     target = os.path.realpath(path)  # a symbolic link stays one
