@@ -1106,7 +1106,8 @@ def merged_traits(condition: str) -> str:
 
     `->` gives the JSON of a trait exactly as it was stored, but finds nothing if the name contains
     a quotation mark. In that case, `coalesce` falls back to the value from json_each, which may
-    round a number. Without "materialized", SQLite would sort a copy of the whole call per trait.
+    round a number, or cut a text at NUL. A trait whose name contains NUL is left out, because
+    SQLite would cut the name. Without "materialized", it would sort a copy of the call per trait.
     """
     return f"""(
     with trait_values as materialized (
@@ -1123,7 +1124,9 @@ def merged_traits(condition: str) -> str:
             c.timestamp as timestamp,
             c.rowid as arrival
         from calls as c, json_each(c.call, '$.traits') as trait
-        where {condition} and trait.key is not null -- traits that are null have a row without a key
+        where {condition}
+            and trait.key is not null -- traits that are null have one row, without a key
+            and instr(trait.fullkey, '\\u0000') = 0
     )
     select json_group_object(name, json(value)) from (
         select name, value, row_number() over (
@@ -1297,8 +1300,8 @@ class Store(GroupCommit):
         if call.type == "delete":
             # A delete dated in the future must not forget calls that have not happened yet.
             values["timestamp"] = min(call.timestamp, received_at)
-            kept = {name: call.raw[name] for name in KEPT_FIELDS if name in call.raw}
-            values["call"] = to_json(kept)
+            kept = {name: getattr(call, name) for name in KEPT_FIELDS}
+            values["call"] = to_json({name: value for name, value in kept.items() if value})
         else:
             values["call"] = to_json(call.raw)
 
@@ -1370,8 +1373,9 @@ def check_database_file(path: str) -> None:
         with open(path, "rb") as file:
             header = file.read(100)
     if not header:
-        if os.path.exists(f"{path}-wal"):  # SQLite would delete it, and with it stored calls
-            message = f"{path}-wal exists, but {path} is missing or empty"
+        wal = f"{os.path.realpath(path)}-wal"  # SQLite resolves symbolic links, too
+        if os.path.exists(wal):  # SQLite would delete it, and with it stored calls
+            message = f"{wal} exists, but {path} is missing or empty"
             raise ConfigurationError(f"{message}; restore it, or move the -wal file away")
         return
     application_id = int.from_bytes(header[68:72])
@@ -1390,6 +1394,21 @@ def file_identity(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def read_regular_file(path: str) -> bytes:
+    """Return the content of a regular file. Raises OSError or ConfigurationError.
+
+    A FIFO, even one that takes the place of the file at this moment, must not block the caller.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ConfigurationError(f"{path}: not a regular file")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
 def check_regular_file(path: str) -> None:
@@ -1914,10 +1933,11 @@ def read_keys_file(path: str) -> tuple[list[Any], dict[str, Key]]:
 
     Raises ConfigurationError if the file cannot be used.
     """
-    check_regular_file(path)
     try:
-        entries = parse_entries(Path(path).read_bytes())
+        entries = parse_entries(read_regular_file(path))
         return entries, parse_keys(entries)
+    except ConfigurationError:
+        raise
     except OSError as error:
         raise ConfigurationError(f"{path}: {error.strerror}") from None
     except ValueError as error:
@@ -2106,9 +2126,10 @@ def log_line(reply: Reply, seconds: float, verbose: bool) -> str:
 
 def log_word(value: object) -> str:
     """Return a value as one word of a log line: quoted unless short and plain, or "-" if empty."""
-    if isinstance(value, str) and len(value) <= 80 and value.isprintable() and " " not in value:
-        return value or "-"
-    return short_repr(value) if value else "-"
+    if not value:
+        return "-"
+    is_plain = isinstance(value, str) and value.isprintable() and not re.search("[ '\"]", value)
+    return str(value) if is_plain and len(str(value)) <= 80 else short_repr(value)
 
 
 def printable(text: str) -> str:
