@@ -13,6 +13,7 @@ import contextlib
 import functools
 import hashlib
 import http.client
+import io
 import itertools
 import json
 import os
@@ -31,13 +32,15 @@ import sys
 import threading
 import time
 import types
+import wsgiref.util
+import wsgiref.validate
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 import requests
@@ -5778,3 +5781,304 @@ def test_make_certs_says_so_if_openssl_is_missing(tmp_path: Path) -> None:
     missing = command("make", "certs", cwd=tmp_path, env={"PATH": str(tools)})
     assert missing.returncode != 0
     assert "openssl is missing" in missing.stderr
+
+
+# ---- The README ----------------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """A fenced block of the README, and the block of text that follows as its output."""
+
+    language: str
+    text: str
+    output: str
+
+
+def readme_blocks(language: str) -> list[Block]:
+    """The blocks in a language."""
+    found = [*re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S), ("", "")]
+    blocks = []
+    for (name, text), (next_name, next_text) in itertools.pairwise(found):
+        blocks.append(Block(name, text, next_text if next_name == "text" else ""))
+    return [block for block in blocks if block.language == language]
+
+
+def readme_module(words: str) -> types.ModuleType:
+    """The block of Python with these words, as a module."""
+    [block] = [block for block in readme_blocks("python") if words in block.text]
+    module = types.ModuleType("from_readme")
+    exec(compile(block.text, "README.md", "exec"), module.__dict__)
+    return module
+
+
+def without_variable_parts(text: str) -> str:
+    """Output without dates of HTTP and API keys."""
+    variable = r"\w{3}, \d\d \w{3} \d{4} [\d:]+ GMT|^[\w-]{43}$"
+    return re.sub(variable, "…", text.replace("\r", ""), flags=re.M).strip()
+
+
+def test_every_command_of_the_readme_works_and_shows_what_is_shown(tmp_path: Path) -> None:
+    command("cp", "-r", "receiver.py", "fixtures", "Makefile", "certs", tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    first, *others = readme_blocks("sh")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**OUTSIDE_MAKE, "PORT": port, "PATH": path}
+    usual: dict[str, Any] = {"cwd": tmp_path, "env": environment, "start_new_session": True}
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen(
+            ["sh", "-c", first.text], stdout=subprocess.PIPE, stderr=log, text=True, **usual
+        )
+    listening, hint = first.output.replace("8443", port).split("\n", 1)
+    try:
+        assert server.stdout
+        assert server.stdout.readline().strip() == listening
+        command("make", "send", check=True, **usual)
+        for block in others:
+            done = command("sh", "-ec", block.text.replace("8443", port), **usual)
+            assert done.returncode == 0, done
+            if block.output:
+                shown = without_variable_parts(done.stdout)
+                assert shown == without_variable_parts(block.output), done
+    finally:
+        os.killpg(server.pid, signal.SIGINT)  # as Ctrl-C does
+        server.communicate(timeout=15)
+    assert hint.strip() in (tmp_path / "log").read_text()
+
+
+def test_the_smoke_test_of_the_readme_passes(tmp_path: Path) -> None:
+    [block] = [block for block in readme_blocks("python") if "def server(tmp_path)" in block.text]
+    (tmp_path / "test_smoke.py").write_text(block.text)
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_smoke.py"]
+    done = command(*run, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout
+
+
+def test_help_and_readme_say_the_same_of_the_same_options() -> None:
+    text = command(*RECEIVER, "--help", env={**OUTSIDE_MAKE, "COLUMNS": "999"}).stdout
+    pattern = r"^  (--[a-z-]+(?: [A-Z:]+)?)\s+(.+?)(?: \(default: (\S+)\))?$"
+    helped = re.findall(pattern, text, re.M)
+    table = re.findall(r"^\| `(--[^`]+)` \|(?: `([^`]+)`)? \| (.+?) \|$", README, re.M)
+    listed = [(option, description, default) for option, default, description in table]
+    assert [row for row in helped if row[0] != "--version"] == listed
+    assert len(listed) == 18
+
+
+def test_every_link_of_the_readme_leads_somewhere() -> None:
+    names = re.findall(r"\[`(\w+)`\]\(receiver\.py\)", README)
+    assert len(names) > 15
+    assert [name for name in names if not hasattr(receiver, name)] == []
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
+    headings = set()
+    for title in re.findall(r"^#+ (.*)$", prose, re.M):
+        headings.add("#" + re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-"))
+    for link in set(re.findall(r"\]\(([^)]+)\)", prose)):
+        assert link.startswith("https:") or link in headings or (HERE / link).exists(), link
+
+
+def test_every_test_that_the_readme_names_exists() -> None:
+    named = set(re.findall(r"`(test_\w+)`", README))
+    defined = set(re.findall(r"^def (test_\w+)", Path(__file__).read_text(), re.M))
+    assert named - defined - {"test_receiver"} == set()
+
+
+def test_the_messages_that_the_readme_shows_are_ours() -> None:
+    for text in (
+        "This port speaks HTTPS; use https://",
+        "Analytics SDKs must post to Segment instead",
+        "This endpoint receives calls that Segment forwards",
+        "Unknown API key",
+        "API token expired",
+        "Missing event",
+        "log lines were dropped",
+    ):
+        assert text in README
+        assert text in SOURCE or text == "Missing event"
+
+
+# ---- The solutions of the course -----------------------------------------------------------------
+
+
+def solution(name: str) -> Any:
+    """An instance of a solution: from the file that SOLUTIONS names, or from the README."""
+    module = types.ModuleType("solutions")
+    if file := os.environ.get("SOLUTIONS"):
+        exec(compile(Path(file).read_text(), file, "exec"), module.__dict__)
+    else:
+        module = readme_module("class Mailing(")
+    return getattr(module, name)()
+
+
+def replies(
+    destination: receiver.Destination, *calls: Mapping[str, Any], settings: Any = None
+) -> list[tuple[int, str]]:
+    """What a destination replies to these calls, through the whole protocol."""
+    encoded = base64.b64encode(json.dumps(settings or {}).encode()).decode()
+    found = []
+    for call in calls:
+        sent = {"type": "identify", "user_id": "u1", **call}
+        reply = ask(sent, destination=destination, x_segment_settings=encoded)
+        found.append((reply.status, reply.body.get("message", "")))
+    return found
+
+
+ORDER = {"type": "track", "event": "Order Completed", "message_id": "m1"}
+
+
+@cases(
+    "lists, traits, status",
+    {
+        "no lists yet": (set(), {"list": "news"}, 503),
+        "a known list": ({"news"}, {"list": "news"}, 200),
+        "an unknown list": ({"news"}, {"list": "other"}, 400),
+        "no list": ({"news"}, {}, 400),
+        "a list that is an array": ({"news"}, {"list": []}, 400),
+    },
+)
+def test_exercise_1_a_temporary_problem_is_503(
+    lists: set[str], traits: dict[str, Any], status: int
+) -> None:
+    mailing = solution("Mailing")
+    mailing.lists = lists
+    assert replies(mailing, {"traits": traits})[0][0] == status
+
+
+def test_exercise_2_a_valid_key_that_is_not_enough_is_403() -> None:
+    paid = solution("Paid")
+    paid.unpaid = {"demo"}
+    assert [status for status, _ in replies(paid, ORDER, {})] == [403, 200]
+    paid.unpaid = set()
+    assert [status for status, _ in replies(paid, ORDER)] == [200]
+
+
+WORK = {"traits": {"workEmail": "a@example.com"}}
+HOME = {"traits": {"email": "a@example.com"}}
+
+
+@cases(
+    "settings, calls, statuses",
+    {
+        "another trait": ({"emailField": "workEmail"}, [WORK, HOME], [200, 400]),
+        "no setting": ({}, [HOME, WORK], [200, 400]),
+        "a trait that is not text": ({}, [{"traits": {"email": None}}], [400]),
+        "a setting that is not text": ({"emailField": 7}, [HOME], [400]),
+    },
+)
+def test_exercise_3_a_setting_names_the_trait(
+    settings: dict[str, Any], calls: list[dict[str, Any]], statuses: list[int]
+) -> None:
+    found = replies(solution("Addresses"), *calls, settings=settings)
+    assert [status for status, _ in found] == statuses
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(["01", "02", "03"])])
+def test_exercise_4_the_newest_plan_wins_in_any_order(order: tuple[str, ...]) -> None:
+    plans = solution("Plans")
+    calls = [{"traits": {"plan": day}, "timestamp": f"2026-01-{day}"} for day in order]
+    replies(plans, *calls)
+    assert plans.newest["demo", "u1"] == (DAY_3, "03")
+
+
+def test_exercise_5_a_call_is_on_disk_before_it_is_202(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert replies(solution("Spool"), ORDER) == [(202, "")]
+    customer, message_id, call = json.loads(Path("spool.jsonl").read_text())
+    assert (customer, message_id, call["event"]) == ("demo", "m1", "Order Completed")
+
+
+def test_exercise_6_a_retry_counts_once_and_two_equal_orders_count_twice() -> None:
+    orders = solution("Orders")
+    replies(orders, ORDER, {**ORDER, "message_id": "m2"}, ORDER, {**ORDER, "event": "Other"})
+    assert len(orders.seen) == 2
+
+
+def test_exercise_6_a_forgotten_user_returns_only_by_newer_calls() -> None:
+    found = replies(
+        solution("Forgetful"),
+        {"type": "delete", "timestamp": "2026-01-02"},
+        {"timestamp": "2026-01-01"},
+        {"timestamp": "2026-01-03"},
+        {"user_id": "u2", "timestamp": "2026-01-01"},
+    )
+    assert [status for status, _ in found] == [200, 410, 200, 200]
+
+
+def test_exercise_7_a_refusal_leaves_the_connection_usable() -> None:
+    module = readme_module("def test_a_refusal_leaves_the_connection_usable")
+    module.test_a_refusal_leaves_the_connection_usable()
+
+
+def test_the_contacts_of_the_readme_answer_400_to_a_missing_email() -> None:
+    contacts = readme_module("class Contacts(").Contacts()
+    expected = [(400, "Missing email address"), (400, "Missing email address"), (200, "")]
+    traits = [{}, {"email": 7}, {"email": "a@example.com"}]
+    assert replies(contacts, *({"traits": value} for value in traits)) == expected
+
+
+# ---- Behind a WSGI server ------------------------------------------------------------------------
+
+
+def wsgi_environ(record: Record) -> dict[str, Any]:
+    """A record of the fixtures as the environment of a WSGI server."""
+    request_line, *lines = record.head.split("\r\n")
+    method, target, _ = request_line.split(" ")
+    path, _, query = target.partition("?")
+    environ: dict[str, Any] = {"REQUEST_METHOD": method, "SCRIPT_NAME": ""}
+    environ["PATH_INFO"] = unquote(path, "latin-1")
+    environ["QUERY_STRING"] = query
+    for line in lines:
+        name, _, value = line.partition(": ")
+        key = name.upper().replace("-", "_")
+        if key not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+            key = f"HTTP_{key}"
+        environ[key] = value
+    wsgiref.util.setup_testing_defaults(environ)
+    environ["wsgi.input"] = io.BytesIO(record.body)
+    return environ
+
+
+def call_wsgi(application: Any, environ: dict[str, Any]) -> Answer:
+    """The reply of a WSGI application, under the validator of wsgiref."""
+    started: list[Any] = []
+
+    def start_response(status: str, headers: Any, *_: Any) -> Callable[[bytes], object]:
+        started.extend([status, headers])
+        return lambda data: None
+
+    body = wsgiref.validate.validator(application)(environ, start_response)
+    data = b"".join(body)
+    body.close()  # type: ignore[attr-defined]
+    return Answer(int(started[0].split(" ")[0]), dict(started[1]), data)
+
+
+# Left out: targets that are not a path, and lengths that a WSGI server itself refuses.
+WSGI_RECORDS = {
+    name: record
+    for name, record in {**REFUSED, **ACCEPTED}.items()
+    if re.match(r"\w+ /\S* HTTP", record.head) and not re.search("Length: [-+]", record.head)
+}
+
+
+@cases("record", WSGI_RECORDS)
+@pytest.mark.filterwarnings("ignore:Unknown REQUEST_METHOD")
+def test_the_wsgi_application_of_the_readme_gives_the_same_replies(record: Record) -> None:
+    module = readme_module("def application_for(")
+    application = module.application_for(FixtureDestination(), str(FIXTURES / "keys.json"))
+    reply = call_wsgi(application, wsgi_environ(record))
+    expected = ask_record(record, FixtureDestination())
+    assert reply.status == expected.status
+    assert json.loads(reply.body or b"{}") == expected.body
+    for name, value in expected.headers.items():
+        assert reply.headers[name] == value
+
+
+def test_the_wsgi_application_refuses_a_body_that_ends_early() -> None:
+    module = readme_module("def application_for(")
+    application = module.application_for(Recorder(), str(FIXTURES / "keys.json"))
+    record = ACCEPTED["a plain call"]
+    environ = wsgi_environ(record._replace(body=record.body[:-1]))
+    assert call_wsgi(application, environ).status == 400
