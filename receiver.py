@@ -15,7 +15,7 @@ customers, and forwards each call to your endpoint in an HTTPS request:
 
 The credentials are the customer's API key, a colon and an empty password, in base64: here,
 `segment:`. Segment documents the keys of the JSON object in snake_case, but also sends other
-casings. Whoever sends such requests is called the sender below, since not only Segment does.
+casings. Below, the sender is the program that sends these requests, which may not be Segment.
 
 Segment acts on the status code of the reply, which it expects within about five seconds:
 
@@ -24,14 +24,15 @@ Segment acts on the status code of the reply, which it expects within about five
     no reply                                   retried for about four hours
     501, 505 and all other 4xx                 dropped for good
 
-Do not use any other status code. The body of an error may be a JSON object such as
+Do not use any other status code. An error reply may have a JSON object as its body, such as
 {"message": "Missing user_id"}; Segment shows the message to the customer.
 
-This has three consequences. Store a call before you acknowledge it: after that, yours is the only
-copy. Expect the same call twice, because a reply can get lost. Expect calls out of order, because
-retried calls arrive late.
+These rules have three consequences. Store a call before you acknowledge it: once you have done so,
+yours is the only copy. Expect the same call twice, because a reply can get lost. Expect calls out
+of order, because retried calls arrive late.
 
-Start the receiver with `make run`. To handle the calls in a program, define a destination:
+`make run` starts the receiver, which stores the calls in an SQLite database. To handle them in your
+own code instead, define a destination:
 
     class Contacts(receiver.Destination):
         def identify(self, user_id, traits, call):
@@ -101,15 +102,15 @@ __version__ = "2.0"
 
 # ---- Requests, replies and refusals --------------------------------------------------------------
 
-HEALTH_PATH = "/health"  # for load balancers and monitors; not a part of Segment's protocol
+HEALTH_PATH = "/health"  # for load balancers and monitors; not part of Segment's protocol
 
-# Headers that every reply with this status code carries.
+# For some status codes, headers that every reply with that code carries.
 STATUS_HEADERS = {
     401: {"WWW-Authenticate": 'Basic realm="Segment calls", charset="UTF-8"'},  # RFC 7617 §2
     503: {"Retry-After": "5"},  # seconds, RFC 9110 §10.2.3
 }
 
-Clock = Callable[[], str]  # returns the current time in UTC, as 2026-01-15T09:41:07.250Z
+Clock = Callable[[], str]  # returns the current time in UTC, in the form 2026-01-15T09:41:07.250Z
 
 
 class Request(NamedTuple):
@@ -129,12 +130,12 @@ class Reply(NamedTuple):
     body: Mapping[str, str] = {}  # sent as a JSON object; an empty body is not sent
     headers: Mapping[str, str] = {}
     customer: str = ""  # whose API key it was, once that is known
-    raw: Mapping[str, Any] = {}  # the call as it was sent, with the protocol's names for its keys
+    raw: Mapping[str, Any] = {}  # the whole call, once it has been parsed; see Call.raw
     outcome: str = ""  # what the destination did with the call, such as "duplicate"
     error: Exception | None = None  # the internal error behind a 500
 
 
-class Refusal(Exception):  # noqa: N818 - this is the protocol's word, and not every refusal is an error
+class Refusal(Exception):  # noqa: N818 - a normal answer, not an error in the program
     """Raised to refuse a request, with a status code from 400 to 599 and a message.
 
     The status code alone decides whether the sender retries the call or drops it; the customer
@@ -165,7 +166,7 @@ class Endpoint:
     """What a reply depends on besides the request and the time. Attributes may be reassigned."""
 
     destination: Destination
-    keys: Mapping[str, Key]  # by the SHA-256 digest of the API key, in hexadecimal
+    keys: Mapping[str, Key]  # indexed by the SHA-256 digest of each API key, in hexadecimal
     path: str = "/"
     max_body: int = 524_288  # bytes
     maintenance: bool = False
@@ -184,11 +185,11 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
     """Return the reply to a request.
 
     The protocol is a ladder: each rung either refuses the request or passes it on to the next. If a
-    request has two faults, the order of the rungs decides which one is reported. The functions of
-    the rungs follow in the same order. Rung 1, the grammar of the request's head, is `parse_head`
-    in Part 3. The health check needs no API key, so it is answered after rung 4.
+    request has two faults, the order of the rungs decides which one is reported. The functions that
+    implement the rungs follow in the same order. Rung 1, the grammar of the request's head, is
+    `parse_head` in Part 3. The health check needs no API key, so it is answered before rung 5.
 
-    KeyboardInterrupt and other exceptions outside of Exception propagate.
+    Exceptions that do not derive from Exception, such as KeyboardInterrupt, propagate.
     """
     headers = request.headers
     customer = ""
@@ -220,8 +221,8 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
 
 
 def error_reply(error: Exception) -> Reply:
-    """Return the reply to a Refusal or, for any other error, a 500 that reveals no details."""
-    # Check the status again, because a subclass may have set any value.
+    """Return the reply that a Refusal asks for. Any other error is a 500 without details."""
+    # A subclass of Refusal may have bypassed the check of the status.
     if isinstance(error, Refusal) and error.status in range(400, 600):
         headers = {**STATUS_HEADERS.get(error.status, {}), **error.headers}
         return Reply(int(error.status), {"message": str(error.message)}, headers)
@@ -254,7 +255,7 @@ def check_method(method: str, path: str) -> None:
     if method in allowed.split(", "):
         return
     shown = method[:80]  # a token, which needs no escaping
-    message = f"Method {shown} is not allowed; use {allowed}"
+    message = f"Method {shown} is not allowed; use {allowed.replace(', ', ' or ')}"
     if method == "GET":  # somebody opened the address in a browser
         message += ". This endpoint receives calls that Segment forwards"
     raise Refusal(405, message, {"Allow": allowed})
@@ -270,7 +271,7 @@ def check_maintenance(maintenance: bool) -> None:
 
 
 class Key(NamedTuple):
-    """The customer and the permissions of an API key. The key itself is not stored anywhere."""
+    """The customer and the permissions of an API key. No file contains the key itself."""
 
     customer: str
     calls: frozenset[str] | None = None  # the types of call that it may send; None permits all
@@ -315,10 +316,10 @@ def key_digest(authorization: str, /) -> str:
 
 
 def decode_base64(text: str) -> bytes:
-    """Return the decoded bytes (RFC 4648 §4). Raises ValueError if the text is not base64.
+    """Return the decoded bytes (RFC 4648 §4). Raises ValueError if it is not canonical base64.
 
-    Depending on its version, Python's decoder accepts excess padding and non-zero trailing bits.
-    Encoding the result again shows whether the text was in the canonical form.
+    Depending on its version, Python's decoder also accepts excess padding and non-zero trailing
+    bits. Comparing the text with the encoded result rejects them in every version.
     """
     decoded = base64.b64decode(text, validate=True)
     if base64.b64encode(decoded).decode() != text:
@@ -346,7 +347,7 @@ JSON_TYPE = re.compile(
         [ \t]* ; [ \t]*
         (?:
             charset= (?: utf-?8 | "utf-?8" )
-            | (?! charset= ) {TOKEN} = (?: {TOKEN} | "[^"]*" )
+            | (?! charset= ) {TOKEN} = (?: {TOKEN} | "(?: [^"\\] | \\. )*+" )
         )?
     )*+
     [ \t]*
@@ -358,9 +359,9 @@ JSON_TYPE = re.compile(
 def check_body_headers(request: Request, max_body: int) -> None:
     """Raise Refusal unless the headers announce a JSON body of an acceptable length.
 
-    Status 411: there is no Content-Length (a chunked body has none). Status 413: the body is too
-    long. Status 415: it is not JSON in UTF-8, or it is compressed. A missing Content-Type counts as
-    application/json.
+    The status is 411 if there is no Content-Length (as with a chunked body), 413 if the body is too
+    long, and 415 if it is declared as compressed, or as anything but JSON in UTF-8. A missing
+    Content-Type counts as application/json.
     """
     if request.length is None:
         raise Refusal(411, "Missing Content-Length header")
@@ -382,18 +383,18 @@ def check_body_headers(request: Request, max_body: int) -> None:
 # are safe at this depth; at a few thousand levels, some of them crash the process.
 MAX_DEPTH = 500
 
-ONE_CALL = "Body must be a single call: one request carries one call, not a batch"
+BATCH_MESSAGE = "Body must be a single call: one request carries one call, not a batch"
 
 
 def parse_body(body: bytes) -> dict[str, Any]:
     """Return the call in a body. Raises Refusal 400 if the body is not a JSON object.
 
-    Keys at every depth are converted to snake_case. The fields of a call, which are at the top
-    level, get the protocol's names in whatever way they were spelled. Values are not changed.
+    Keys at every depth are converted to snake_case. At the top level, the fields of a call get the
+    protocol's names, however they were spelled. Values are not changed.
     """
     raw = parse_json(body, "Body")
     if isinstance(raw, list):
-        raise Refusal(400, ONE_CALL)
+        raise Refusal(400, BATCH_MESSAGE)
     if not isinstance(raw, dict):
         raise Refusal(400, "Body must be a JSON object")
     return recognize_fields(raw)
@@ -402,8 +403,8 @@ def parse_body(body: bytes) -> dict[str, Any]:
 def parse_settings(encoded: str) -> dict[str, Any]:
     """Return the customer's settings from X-Segment-Settings: a JSON object, encoded in base64.
 
-    An empty header, `null` and `[]` mean that there are no settings. Raises Refusal 400 if the
-    header is not base64 of a JSON object.
+    Its keys are converted to snake_case. An empty header, `null` and `[]` mean that there are no
+    settings. Raises Refusal 400 if the header is anything else.
     """
     if not encoded:
         return {}
@@ -423,7 +424,7 @@ def parse_json(data: bytes, label: str) -> Any:
     """Return a JSON value (RFC 8259, in UTF-8) with its keys converted to snake_case.
 
     If a key is repeated, its last value counts. A number without a fraction or exponent is an exact
-    integer; any other number is a double. Raises Refusal 400, whose message begins with the label.
+    integer; any other number is a double. Raises Refusal 400; its message begins with the label.
     """
     try:
         text = data.decode()
@@ -438,7 +439,8 @@ def parse_json(data: bytes, label: str) -> Any:
         raise Refusal(400, f"{label} must be nested at most {MAX_DEPTH} levels deep")
     try:
         value = DECODER.decode(text)
-        if "\\" in text:  # an escape can produce an unpaired surrogate, which encode() rejects
+        if "\\" in text:
+            # An escape can produce an unpaired surrogate. If there is one, encode() raises.
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         position = error.pos + 1
@@ -450,13 +452,14 @@ def parse_json(data: bytes, label: str) -> Any:
     return value
 
 
-# Whatever is not a structural bracket: a whole string (terminated or not), since brackets in it do
-# not count, or other text. The possessive quantifiers keep the time linear, whatever the text is.
+# Matches what is not a structural bracket: either a whole string (even an unterminated one), as
+# brackets in a string do not count, or a run of other text. The possessive quantifiers keep the
+# time linear, whatever the text is.
 NOT_A_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[^\[\]{}"]++', re.DOTALL)
 
 
 def nesting_depth(text: str) -> int:
-    """Return the greatest number of brackets open at once. The text need not be valid JSON."""
+    """Return the greatest number of brackets open at once, until the text stops being JSON."""
     brackets = NOT_A_BRACKET.sub("", text)
     steps = (1 if bracket in "[{" else -1 for bracket in brackets)
     return max(accumulate(steps, initial=0))
@@ -475,7 +478,7 @@ def parse_integer(text: str) -> int:
 
     Most JSON parsers read every number as a double, and would turn it into Infinity.
     """
-    if len(text) > 308:  # a shorter number cannot overflow
+    if len(text) > 308:  # 308 digits cannot overflow a double
         parse_double(text)
     return int(text)
 
@@ -488,8 +491,8 @@ def refuse_constant(text: str) -> NoReturn:
 def snake_keys(members: dict[str, Any], /) -> dict[str, Any]:
     """Return an object with its keys in snake_case.
 
-    If several keys would become the same, a key that has that name already keeps it; otherwise, the
-    first one gets it. The others stay as they were sent, so that nothing is lost.
+    If several keys would get the same name, it goes to the key that was sent with exactly that name
+    or, if there is none, to the first. The others stay as they were sent, so nothing is lost.
     """
     used_names = set(members)
     renamed = {}
@@ -507,17 +510,17 @@ def snake_case(key: str, /) -> str:
     follows a capital and precedes a lower-case letter, as the P in `HTMLParser` does. A hyphen or a
     space becomes an underscore.
     """
-    words = ""
-    # Each letter with its neighbors. The texts differ in length if the key is empty.
-    for before, letter, after in zip(" " + key, key, key[1:] + " ", strict=False):
+    result = ""
+    # Each character with its neighbors; zip stops at the end of the key.
+    for before, char, after in zip(" " + key, key, key[1:] + " ", strict=False):
         starts_word = before.islower() or before.isdigit() or (before.isupper() and after.islower())
-        if letter in " -":
-            words += "_"
-        elif letter.isupper() and starts_word:
-            words += "_" + letter
+        if char in " -":
+            result += "_"
+        elif char.isupper() and starts_word:
+            result += "_" + char
         else:
-            words += letter
-    return words.lower()
+            result += char
+    return result.lower()
 
 
 def make_decoder(object_hook: Callable[[dict[str, Any]], Any]) -> json.JSONDecoder:
@@ -536,9 +539,9 @@ DECODER = make_decoder(snake_keys)
 def recognize_fields(raw: dict[str, Any]) -> dict[str, Any]:
     """Give the fields of a call the protocol's names, in place, and return the call.
 
-    This is for spellings in which snake_case finds no words, such as `userid`. Names are compared
-    ignoring case, underscores, hyphens and spaces. If a field occurs in several spellings, the
-    protocol's own name counts, or else the first spelling; null counts as missing.
+    This catches spellings that snake_case cannot split into words, such as `userid`. Names are
+    compared ignoring case, underscores, hyphens and spaces. If a field occurs in several spellings,
+    the protocol's own name counts, or else the first spelling; null counts as missing.
     """
     unknown = [key for key in raw if key not in FIELDS]
     for key in unknown:
@@ -557,14 +560,14 @@ def squash(key: str) -> str:
 
 
 class CallType(NamedTuple):
-    """What there is to know about one type of call.
+    """What there is to know about one type of call."""
 
-    A field that only some types have as an argument, such as `event`, is ignored in calls of the
-    other types. Every call needs a user_id or an anonymous_id.
-    """
+    # The fields that a handler receives, before the whole call. Except for user_id, they are
+    # ignored in calls of all types that do not have them as arguments.
+    arguments: tuple[str, ...]
 
-    arguments: tuple[str, ...]  # the fields that a handler receives, before the whole call
-    required: str = ""  # a field that, in addition, must be present and not empty
+    # A field that must be present and not empty, besides a user_id or an anonymous_id.
+    required: str = ""
 
 
 CALLS = {
@@ -603,7 +606,7 @@ def find_handler(raw: Mapping[str, Any], destination: Destination) -> Callable[.
     """
     call_type = raw.get("type")
     if call_type is None and "batch" in raw:  # what analytics SDKs send to Segment
-        raise Refusal(400, ONE_CALL)
+        raise Refusal(400, BATCH_MESSAGE)
     if call_type is None:
         raise Refusal(400, "Missing type")
     if not isinstance(call_type, str):
@@ -632,23 +635,24 @@ class Call:
     """One call, after its fields have been checked.
 
     A field keeps its default if the sender left it out or sent null, if it is an empty id or time,
-    if it is invalid but in TOLERATED, or if this type of call does not use it. Times are text in
-    UTC, such as 2026-01-15T09:41:07.250Z, which sorts chronologically.
+    if it is invalid but in TOLERATED, or if this type of call does not use it. `parse_call` then
+    fills in a missing message_id and timestamp. Times are text in UTC, such as
+    2026-01-15T09:41:07.250Z, which sorts chronologically.
     """
 
     type: str  # a key of CALLS
     user_id: str | None = None  # the customer's id for the user
     anonymous_id: str | None = None  # the id of a visitor; this or user_id is always present
     event: str | None = None  # track: what the user did
-    name: str | None = None  # page and screen
-    group_id: str | None = None  # group
-    previous_id: str | None = None  # alias
+    name: str | None = None  # page and screen: its name
+    group_id: str | None = None  # group: the customer's id for the group
+    previous_id: str | None = None  # alias: the user's former id
     traits: dict[str, Any]  # identify: facts about the user; group: facts about the group
-    properties: dict[str, Any]  # track, page and screen
+    properties: dict[str, Any]  # track, page and screen: details
     context: dict[str, Any]  # IP address, user agent, library, campaign, ...
     integrations: Any = None  # the other destinations that received the call
-    message_id: str = ""  # unique per call; parse_call makes one up if the sender sent none
-    timestamp: str = ""  # when it happened: order calls by this; parse_call always sets it
+    message_id: str = ""  # unique per call, and the same when the call is retried
+    timestamp: str = ""  # when it happened: order calls by this
     sent_at: str | None = None  # when the client sent it
     received_at: str | None = None  # when Segment received it
     original_timestamp: str | None = None  # when it happened, by the client's own clock
@@ -656,7 +660,7 @@ class Call:
 
     customer: str  # whose API key the call was sent with
     settings: dict[str, Any]  # from X-Segment-Settings
-    raw: dict[str, Any]  # the whole call as it was sent, with the protocol's names for its keys
+    raw: dict[str, Any]  # the whole call, with its keys converted and its values as they were sent
     size: int  # of the body, in bytes
     outcome: str | None = None  # a word for the log, such as "duplicate"; the destination sets it
 
@@ -741,7 +745,7 @@ def check_string(value: Any) -> str:
 
 
 def check_object(value: Any) -> dict[str, Any]:
-    """Return an object. An empty array counts as one, because PHP encodes {} as []."""
+    """Return an object. An empty array counts as an empty object: PHP encodes {} as []."""
     if isinstance(value, dict):
         return value
     if value == []:
@@ -796,8 +800,8 @@ def parse_time(value: Any) -> str:
     return moment.replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
 
 
-# The fields, and how to check each: by a function that returns the value for the Call, or None to
-# keep the default.
+# The fields of a call, each with the function that checks it. That returns the value for the Call,
+# or None to keep the default.
 FIELDS: dict[str, Callable[[Any], Any]] = {
     "type": check_string,
     "user_id": check_id,
@@ -820,15 +824,17 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
 TOLERATED = {"context", "sent_at", "received_at", "original_timestamp"}  # ignored if invalid
 FIELD_SPELLINGS = {squash(name): name for name in FIELDS}
 
-# For each type of call, the fields that are checked. Fields that only other types use are left out.
-TYPE_SPECIFIC = {name for call in CALLS.values() for name in call.arguments} - {"user_id"}
+# Fields that only some types use.
+TYPE_SPECIFIC = {name for spec in CALLS.values() for name in spec.arguments} - {"user_id"}
+
+# For each type of call, the checks of the fields that it uses.
 CHECKS_BY_TYPE = {
     call_type: {
         name: check
         for name, check in FIELDS.items()
-        if name not in TYPE_SPECIFIC or name in call.arguments
+        if name not in TYPE_SPECIFIC or name in spec.arguments
     }
-    for call_type, call in CALLS.items()
+    for call_type, spec in CALLS.items()
 }
 
 
@@ -853,14 +859,14 @@ def dispatch(handler: Callable[..., Any], call: Call) -> int:
 #
 # A sender repeats itself: it has one API key, and the JSON objects in its calls have the same keys
 # again and again. This section caches what is computed from them. Deleting it would not change any
-# reply. The cached functions above have positional-only parameters (`/`), because their cached
-# versions accept no keywords.
+# reply. From here on, the names of three functions mean their cached versions, also inside of the
+# functions above. Their parameters are positional-only (`/`), as those of the cached versions are.
 
 
 class ShortTextCache(dict[str, str]):
     """A cache of a function's results for short texts; long ones could fill the memory.
 
-    A lookup of a cached result costs less than a call of a function, even one with `lru_cache`.
+    Looking up a cached result costs less than calling a Python function.
     """
 
     def __init__(self, function: Callable[[str], str]) -> None:
@@ -884,7 +890,7 @@ snake_case = ShortTextCache(snake_case).__getitem__
 def with_shortcut(
     convert: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return a version of `snake_keys` that returns objects with only known names at once."""
+    """Return a version of `convert` that skips objects whose keys are all known snake_case."""
     known: set[str] = set()
 
     def convert_unless_known(members: dict[str, Any], /) -> dict[str, Any]:
@@ -952,7 +958,7 @@ class GroupCommit(Destination):
     """
 
     def __init__(self) -> None:
-        """Prepare the queue. The first call starts the writer, once all constructors are done."""
+        """Prepare the queue. The first call starts the writer, after all constructors are done."""
         self._is_open = False  # used by the writer only
         self._writer = threading.Thread(target=self._run, name="writer", daemon=True)
         self._changed = threading.Condition()  # guards the attributes below
@@ -984,7 +990,8 @@ class GroupCommit(Destination):
         """Have the writer store a call, wait until it has done so, and set `call.outcome`.
 
         Raises Refusal 503 if that takes longer than STORE_TIMEOUT (although the call may still be
-        stored), if too many calls wait, or after `close`. Exceptions from `write` propagate.
+        stored), if too many calls or bytes wait, after `close`, or if the writer has failed.
+        Exceptions from `write` propagate.
         """
         waiting = WaitingCall(call, time.monotonic() + STORE_TIMEOUT, queue.SimpleQueue())
         with self._changed:
@@ -1056,12 +1063,12 @@ class GroupCommit(Destination):
         return bool(taken) or not self._closing
 
     def _write_batch(self, calls: list[Call]) -> Sequence[Outcome | Exception] | None:
-        """Write these calls, and return the result of each, or None to write them one by one."""
+        """Write these calls. Return their results, or None if they must be written one by one."""
         try:
             if not self._is_open:
                 self.open()
                 self._is_open = True
-            outcomes = self.write(calls)
+            outcomes = list(self.write(calls))
         except Refusal as refusal:
             return [refusal] * len(calls)
         except Exception as error:
@@ -1079,7 +1086,7 @@ class GroupCommit(Destination):
         results: list[Outcome | Exception] = []
         for waiting in batch:
             if time.monotonic() < waiting.deadline:
-                results += self._write_batch([waiting.call]) or []
+                results += self._write_batch([waiting.call]) or []  # never None for one call
             else:
                 results.append(Refusal(503, "The call could not be stored in time"))
         return results
@@ -1107,7 +1114,7 @@ def merged_traits(condition: str) -> str:
     `->` gives the JSON of a trait exactly as it was stored, but finds nothing if the name contains
     a quotation mark. In that case, `coalesce` falls back to the value from json_each, which may
     round a number, or cut a text at NUL. A trait whose name contains NUL is left out, because
-    SQLite would cut the name. Without "materialized", it would sort a copy of the call per trait.
+    SQLite would cut the name. Without `materialized`, it would sort a copy of the call per trait.
     """
     return f"""(
     with trait_values as materialized (
@@ -1152,7 +1159,7 @@ TRAITS_COLUMN = """case json_type(call, '$.traits')
 PROPERTIES_COLUMN = """case json_type(call, '$.properties')
         when 'object' then call -> '$.properties' else '{}' end as properties"""
 
-# The statements are executed one by one, so no comment or text in them may contain a semicolon.
+# `open_database` splits this text at semicolons, so no comment or string in it may contain one.
 SCHEMA = f"""
 create table calls (
     customer text not null,
@@ -1220,9 +1227,9 @@ DELETE_USER = """
     where customer = :customer and user_id = :user_id and type <> 'delete'
         and timestamp <= :timestamp"""
 
-# The fields of a delete that are kept: type, ids and times. Others might tell about the user.
-KEPT_FIELDS = ["type", "user_id", "anonymous_id", "message_id", "timestamp"]
-KEPT_FIELDS += ["original_timestamp", "sent_at", "received_at"]
+# The fields of a `delete` call that are stored.
+DELETE_FIELDS = ["type", "user_id", "anonymous_id", "message_id", "timestamp"]
+DELETE_FIELDS += ["original_timestamp", "sent_at", "received_at"]
 
 
 # ---- The default destination ---------------------------------------------------------------------
@@ -1239,6 +1246,32 @@ WAL_BYTES = WAL_PAGES * 4096
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
+def call_row(call: Call) -> dict[str, str | None]:
+    """Return the columns of the row in which a database stores a call.
+
+    Of a delete, only type, ids and times are stored, because the rest might reveal something about
+    the user. If it is dated in the future, its timestamp is now, because it must not forget calls
+    that have not happened yet.
+    """
+    received_at = utc_now()
+    timestamp = call.timestamp
+    stored = call.raw
+    if call.type == "delete":
+        timestamp = min(timestamp, received_at)
+        fields = {name: getattr(call, name) for name in DELETE_FIELDS}
+        stored = {name: value for name, value in fields.items() if value}
+    return {
+        "customer": call.customer,
+        "message_id": call.message_id,
+        "type": call.type,
+        "user_id": call.user_id,
+        "anonymous_id": call.anonymous_id,
+        "timestamp": timestamp,
+        "received_at": received_at,
+        "call": to_json(stored),
+    }
+
+
 class Store(GroupCommit):
     """The default destination: every call becomes a row in an SQLite database.
 
@@ -1250,8 +1283,8 @@ class Store(GroupCommit):
     def __init__(self, path: str | os.PathLike[str] = "calls.db") -> None:
         """Open the database, or create it with mode 0600.
 
-        This happens here and not in `open`, so that a mistake is reported at the start. Raises
-        ConfigurationError if the database cannot be used; an existing file is left as it is.
+        This happens here and not in `open`, so that a mistake is reported at the start. If the
+        database cannot be used, raises ConfigurationError and leaves an existing file unchanged.
         """
         super().__init__()
         name = os.fspath(path)
@@ -1287,37 +1320,20 @@ class Store(GroupCommit):
 
     def _store(self, call: Call) -> Outcome:
         """Insert a call. If it is a delete, also remove the calls that it forgets."""
-        received_at = utc_now()
-        values = {
-            "customer": call.customer,
-            "message_id": call.message_id,
-            "type": call.type,
-            "user_id": call.user_id,
-            "anonymous_id": call.anonymous_id,
-            "timestamp": call.timestamp,
-            "received_at": received_at,
-        }
-        if call.type == "delete":
-            # A delete dated in the future must not forget calls that have not happened yet.
-            values["timestamp"] = min(call.timestamp, received_at)
-            kept = {name: getattr(call, name) for name in KEPT_FIELDS}
-            values["call"] = to_json({name: value for name, value in kept.items() if value})
-        else:
-            values["call"] = to_json(call.raw)
-
-        if self._db.execute(INSERT_CALL, values).rowcount:
+        row = call_row(call)
+        if self._db.execute(INSERT_CALL, row).rowcount:
             if call.type == "delete":
-                self._db.execute(DELETE_USER, values)
+                self._db.execute(DELETE_USER, row)
                 self._truncate_pending = True
             return Outcome.stored
-        known = self._db.execute(SELECT_CALL, values).fetchone()
+        known = self._db.execute(SELECT_CALL, row).fetchone()
         return Outcome.duplicate if known else Outcome.forgotten
 
     def _truncate_wal(self) -> None:
         """Remove deleted data from the WAL, unless a reader still uses it.
 
         Waiting for the reader would hold up calls. So this is tried again after every batch until
-        it succeeds; closing the database removes the WAL, too.
+        it succeeds; closing the last connection removes the WAL, too.
         """
         with contextlib.suppress(sqlite3.Error):
             self._db.execute("pragma busy_timeout = 0")
@@ -1341,7 +1357,8 @@ def open_database(path: str) -> sqlite3.Connection:
     )
     try:
         # Create the schema before switching to WAL mode, so that the header of the file identifies
-        # this program even after a crash in between. Another receiver may do the same at once.
+        # this program even after a crash in between. If another receiver is doing the same, the
+        # lock makes one of the two wait.
         with db:
             db.execute("begin immediate")
             if db.execute("pragma user_version").fetchone() == (0,):
@@ -1362,8 +1379,8 @@ def open_database(path: str) -> sqlite3.Connection:
 def check_database_file(path: str) -> None:
     """Raise ConfigurationError if the file is not a database of calls.
 
-    A missing or empty file is fine. This reads the header itself, because opening a file with
-    SQLite can already change it.
+    A missing or empty file is fine. This reads the header directly, because merely opening a file
+    with SQLite can change it.
     """
     if not path:
         raise ConfigurationError("the name of the database must not be empty")
@@ -1376,7 +1393,7 @@ def check_database_file(path: str) -> None:
         wal = f"{os.path.realpath(path)}-wal"  # SQLite resolves symbolic links, too
         if os.path.exists(wal):  # SQLite would delete it, and with it stored calls
             message = f"{wal} exists, but {path} is missing or empty"
-            raise ConfigurationError(f"{message}; restore it, or move the -wal file away")
+            raise ConfigurationError(f"{message}; restore {path}, or move the -wal file away")
         return
     application_id = int.from_bytes(header[68:72])
     schema_version = int.from_bytes(header[60:64])
@@ -1399,7 +1416,8 @@ def file_identity(path: str) -> tuple[int, int] | None:
 def read_regular_file(path: str) -> bytes:
     """Return the content of a regular file. Raises OSError or ConfigurationError.
 
-    A FIFO, even one that takes the place of the file at this moment, must not block the caller.
+    It opens the file without blocking and checks it afterwards, so that not even a FIFO that has
+    just taken its place can block the caller.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
@@ -1460,7 +1478,8 @@ ABSOLUTE_FORM = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]+")  # RFC 9112 §3
 HEADER_LINE = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)")  # RFC 9112 §5, without folding
 BARE_LF = re.compile(rb"(?<!\r)\n")  # RFC 9112 §2.2
 
-# Headers that must not be repeated with another value: two programs could pick different ones.
+# Headers that must not be repeated, because two programs could pick different values. Only an
+# identical Content-Type is an exception.
 SINGLETON_HEADERS = {"host", "content-length", "content-type", "authorization"}
 
 
@@ -1556,13 +1575,14 @@ def origin_form(target: str) -> str:
 
 # ---- Speed ---------------------------------------------------------------------------------------
 #
-# The heads of one sender differ in nothing but their Content-Length. So this section caches parsed
-# heads, with that number replaced by 0, which saves more than half of the time to parse one.
-# Deleting it would not change any reply. Requests share the cached headers, so do not modify them.
+# The heads from one sender usually differ only in their Content-Length. So this section caches
+# parsed heads with that number replaced by 0, which saves more than half of the time it takes to
+# parse a head. Deleting this section would not change any reply. Requests share the cached headers,
+# so do not modify them.
 
 
 def with_head_cache(parse: Callable[[str], Head]) -> Callable[[str], Head]:
-    """Return `parse`, which is `parse_head`, with a cache that ignores the Content-Length."""
+    """Wrap `parse_head` in a cache that ignores the Content-Length."""
     cached_parse = lru_cache(maxsize=64)(parse)
 
     def parse_cached(head: str, /) -> Head:
@@ -1611,15 +1631,15 @@ class Connection(BaseRequestHandler):
 
     def setup(self) -> None:
         """Prepare the connection, and make it known to the server."""
-        self.accepted_at = time.monotonic()
+        self.accepted_at = time.monotonic()  # shared
         self.deadline = self.accepted_at + self.server.options.timeout  # shared
         self.idle_since: float | None = None  # shared; when it began to wait for another request
         self.head_received = False  # shared; whether any request has had a complete head
         self.has_replied = False
-        self.hung_up = False  # shared; the server has shut down reading
-        self.evicted = False  # shared; the server has hung up to make room
+        self.hung_up = False  # shared; whether the server has shut down reading
+        self.evicted = False  # shared; whether the server has hung up to make room
 
-        self.close_connection = False  # no other request can follow
+        self.close_connection = False  # whether no other request can follow
         self.method = ""  # of the current request, once it is known
         self.buffer = bytearray()  # received, but not yet processed
         self.body_left = 0  # bytes of the current body that are not yet processed
@@ -1638,7 +1658,7 @@ class Connection(BaseRequestHandler):
     def handle(self) -> None:
         """Do the TLS handshake, and then handle one request after another."""
         try:
-            # The method of the plain socket bypasses TLS, here and in the methods below.
+            # Calling recv() of the plain socket bypasses TLS. The methods below do the same.
             opening = socket.socket.recv(self.tls, 8, socket.MSG_PEEK)
             if PLAIN_HTTP.match(opening):
                 self.refuse_plain_http(opening)
@@ -1812,7 +1832,7 @@ class Connection(BaseRequestHandler):
         end = time.monotonic() + LINGER
         self.deadline = math.inf  # this method ends by itself
         self.tls.settimeout(LINGER)
-        with contextlib.suppress(OSError, ValueError):  # ValueError: there was no handshake
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the client was gone early
             self.tls.unwrap()  # sends close_notify, and waits for that of the client
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.tls, socket.SHUT_WR)
@@ -1822,7 +1842,7 @@ class Connection(BaseRequestHandler):
     # -- Deadlines --
 
     def set_deadline(self, seconds: float) -> None:
-        """Set the deadline, in seconds from now. After `hang_up`, its own deadline stays."""
+        """Set the deadline, in seconds from now. After `hang_up`, which sets one, do nothing."""
         if not self.hung_up:
             self.deadline = time.monotonic() + seconds
 
@@ -2011,7 +2031,7 @@ def parse_call_types(names: Any) -> frozenset[str]:
     for name in names:
         if not isinstance(name, str) or name not in CALLS:
             known = ", ".join(CALLS)
-            raise ValueError(f"must be of the types {known}, not {short_repr(name)}")
+            raise ValueError(f"must contain only {known}, not {short_repr(name)}")
     return frozenset(names)
 
 
@@ -2082,7 +2102,7 @@ class LogBuffer(logging.Handler):
             self._length = 0
             self._dropped = 0
         notice = f"{utc_now()} {dropped} log lines were dropped\n" if dropped else ""
-        data = (notice + lines).encode(errors="backslashreplace")
+        data = (lines + notice).encode(errors="backslashreplace")
         try:
             while data and self._stream:
                 written = self._stream.write(data)
@@ -2092,8 +2112,9 @@ class LogBuffer(logging.Handler):
                         return
                     time.sleep(LOG_INTERVAL)
         except OSError:  # for example, because the disk is full
+            unwritten = data.count(b"\n") - notice.count("\n")
             with self._guard:
-                self._dropped += dropped + data.count(b"\n")
+                self._dropped += dropped + unwritten
 
 
 def log_line(reply: Reply, seconds: float, verbose: bool) -> str:
@@ -2160,7 +2181,8 @@ def json_or_repr(value: object) -> str:
 #                                reads Server.failed
 #   Server.failed                accept thread               main thread
 #   Destination.failed           the writer                  accept and connection threads
-#   Keyring.keys, Endpoint.keys  accept thread               connection threads
+#   Keyring.keys                 accept thread               accept and main thread
+#   Endpoint.keys                accept thread               connection threads
 #   Endpoint.maintenance         main thread                 connection threads
 #   Connection.deadline          its thread and hang_up()    accept thread: it may hang up on a
 #                                                            request that is complete at this very
@@ -2168,6 +2190,7 @@ def json_or_repr(value: object) -> str:
 #   Connection.idle_since,       its thread                  accept thread and stop(): they may hang
 #     .head_received                                         up on a connection that has just become
 #                                                            busy; then the sender retries
+#   Connection.accepted_at       its thread, once            accept thread
 #   Connection.hung_up           accept thread and stop()    its thread, accept thread and stop()
 #   Connection.evicted           accept thread               its thread
 #
@@ -2184,8 +2207,8 @@ OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 class Server(ThreadingTCPServer):
     """A running receiver.
 
-    `url` is its address, and `tls_cert` the file with which a client verifies its certificate. It
-    is a context manager; leaving the block calls `stop`.
+    `url` is its address, and `tls_cert` is the file with which clients verify its certificate. A
+    Server is a context manager: leaving the `with` block calls `stop`.
     """
 
     allow_reuse_address = True
@@ -2204,8 +2227,8 @@ class Server(ThreadingTCPServer):
         self.connections: set[Connection] = set()
         self.connection_slots = threading.Semaphore(options.max_connections)
         self.stopping = False
-        self.failed = False  # the accept thread has ended unexpectedly
-        self.on_failure: Callable[[], None] = lambda: None  # wakes up the main thread, in `run`
+        self.failed = False  # whether the accept thread has ended unexpectedly
+        self.on_failure: Callable[[], None] = lambda: None  # called then; `run` sets it to wake up
         self.reload_requested = False
         self.next_deadline_check = 0.0  # monotonic time
         self.next_keys_check = 0.0  # monotonic time
@@ -2606,7 +2629,7 @@ def make_parser(destination: Destination | None) -> Parser:
     add(
         "--maintenance",
         action="store_true",
-        help="start in maintenance, in which requests are answered 503; SIGUSR1 toggles it",
+        help="start in maintenance mode: answer requests with 503; SIGUSR1 toggles it",
     )
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument(
@@ -2696,7 +2719,8 @@ def number_between(
 def parse_endpoint_path(text: str) -> str:
     """Return the path of an endpoint. Raises ArgumentTypeError if no request can have it."""
     if not re.fullmatch(r"/[!-~]*", text) or "?" in text or "#" in text:
-        message = f"must be a slash and then visible ASCII without ? and #, not {short_repr(text)}"
+        rule = "must be a slash followed by visible ASCII characters other than ? and #"
+        message = f"{rule}, not {short_repr(text)}"
         raise argparse.ArgumentTypeError(message)
     if text == HEALTH_PATH:
         raise argparse.ArgumentTypeError(f"must not be {HEALTH_PATH}, which is the health check")
@@ -2704,7 +2728,7 @@ def parse_endpoint_path(text: str) -> str:
 
 
 def calls_option(text: str) -> list[str]:
-    """Return types of call as a list, as a keys file has them. Raises ArgumentTypeError."""
+    """Return types of call in the form used by a keys file. Raises ArgumentTypeError."""
     names = [name.strip() for name in text.split(",")]
     try:
         parse_call_types(names)
@@ -2734,7 +2758,7 @@ def run(destination: Destination | None, options: argparse.Namespace) -> int:
     """
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
     # Block the signals here and in all threads that start later, so that only sigwait gets them.
-    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     tune_process(options.max_connections)
     with Server(destination, options) as server:
         log.addHandler(server.log)
@@ -2755,7 +2779,6 @@ def run(destination: Destination | None, options: argparse.Namespace) -> int:
         forced_exit.start()
     forced_exit.cancel()
     log.removeHandler(server.log)
-    signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
     return status
 
 
@@ -2799,17 +2822,14 @@ def announce(server: Server) -> None:
 def startup_hint(server: Server) -> str:
     """Return a hint about what to do next, for somebody who started the server by hand."""
     options = server.options
-    has_demo_keys = bool(DEMO_DIGESTS & server.keyring.keys.keys())
-    command = ["curl", "-i", "--cacert", options.tls_cert]
-    command += ["-u", "segment:" if has_demo_keys else "YOUR_API_KEY:", server.url]
-    command += [
-        "-H",
-        "Content-Type: application/json",
-        "-d",
-        f"@{beside_this_file('fixtures/track.json')}",
-    ]
+    digests = server.keyring.keys.keys()
+    has_demo_keys = bool(DEMO_DIGESTS & digests)
+    login = "segment:" if hashlib.sha256(b"segment").hexdigest() in digests else "YOUR_API_KEY:"
+    command = ["curl", "-i", "--cacert", options.tls_cert, "-u", login, server.url]
+    command += ["-H", "Content-Type: application/json"]
+    command += ["-d", f"@{beside_this_file('fixtures/track.json')}"]
     lines = ["", "Send a call from another terminal:", f"    {shlex.join(command)}"]
-    if isinstance(server.endpoint.destination, Store):
+    if hasattr(options, "database"):
         query = "select received_at, type, user_id from calls order by rowid desc limit 9"
         lines.append(f"Calls are stored in {options.database}. Show the latest:")
         lines.append("    " + shlex.join(["sqlite3", options.database, query]))
