@@ -129,7 +129,7 @@ class Reply(NamedTuple):
     status: int
     body: Mapping[str, str] = {}  # sent as a JSON object; an empty body is not sent
     headers: Mapping[str, str] = {}
-    customer: str = ""  # whose API key it was, once that is known
+    customer: str = ""  # the one to whom the API key belongs, once that is known
     raw: Mapping[str, Any] = {}  # the whole call, once it has been parsed; see Call.raw
     outcome: str = ""  # what the destination did with the call, such as "duplicate"
     error: Exception | None = None  # the internal error behind a 500
@@ -163,7 +163,7 @@ class Refusal(Exception):  # noqa: N818 - a normal answer, not an error in the p
 
 @dataclass
 class Endpoint:
-    """What a reply depends on besides the request and the time. Attributes may be reassigned."""
+    """What determines a reply, besides the request and the time. Attributes may be reassigned."""
 
     destination: Destination
     keys: Mapping[str, Key]  # indexed by the SHA-256 digest of each API key, in hexadecimal
@@ -173,8 +173,15 @@ class Endpoint:
 
 
 def short_repr(value: object) -> str:
-    """Return the repr of a value, cut to 80 characters, for use in a message or in the log."""
-    text = repr(value)
+    """Return the repr of a value, cut to 80 characters, for use in a message or in the log.
+
+    If there is no repr, because the value raises an exception or is nested too deeply, return the
+    name of its type.
+    """
+    try:
+        text = repr(value)
+    except Exception:
+        return f"<{type(value).__name__}>"
     return text if len(text) <= 80 else text[:79] + "…"
 
 
@@ -222,9 +229,9 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
 
 def error_reply(error: Exception) -> Reply:
     """Return the reply that a Refusal asks for. Any other error is a 500 without details."""
-    # A subclass of Refusal may have bypassed the check of the status.
+    # A subclass that does not call Refusal.__init__ may have an invalid status, or no headers.
     if isinstance(error, Refusal) and error.status in range(400, 600):
-        headers = {**STATUS_HEADERS.get(error.status, {}), **error.headers}
+        headers = {**STATUS_HEADERS.get(error.status, {}), **(error.headers or {})}
         return Reply(int(error.status), {"message": str(error.message)}, headers)
     return Reply(500, {"message": "Internal error"}, error=error)
 
@@ -271,7 +278,7 @@ def check_maintenance(maintenance: bool) -> None:
 
 
 class Key(NamedTuple):
-    """The customer and the permissions of an API key. No file contains the key itself."""
+    """The customer and the permissions that belong to an API key, but not the key itself."""
 
     customer: str
     calls: frozenset[str] | None = None  # the types of call that it may send; None permits all
@@ -279,10 +286,10 @@ class Key(NamedTuple):
 
 
 def find_key(authorization: str, keys: Mapping[str, Key]) -> Key:
-    """Return what is known of the API key in an Authorization header.
+    """Return the customer and the permissions of the API key in an Authorization header.
 
     Raises Refusal 401 if the header is missing or malformed, or if the API key is unknown. Keys are
-    looked up by their digests, so the time that this takes says nothing about how close a guess is.
+    stored and looked up by their digests, so no file contains an API key.
     """
     key = keys.get(key_digest(authorization))
     if key is None:
@@ -459,7 +466,11 @@ NOT_A_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[^\[\]{}"]++', re.DOTALL)
 
 
 def nesting_depth(text: str) -> int:
-    """Return the greatest number of brackets open at once, until the text stops being JSON."""
+    """Return the nesting depth of a JSON text.
+
+    If the text is not valid JSON, the result is at least the depth that a parser reaches before it
+    finds the error.
+    """
     brackets = NOT_A_BRACKET.sub("", text)
     steps = (1 if bracket in "[{" else -1 for bracket in brackets)
     return max(accumulate(steps, initial=0))
@@ -539,9 +550,10 @@ DECODER = make_decoder(snake_keys)
 def recognize_fields(raw: dict[str, Any]) -> dict[str, Any]:
     """Give the fields of a call the protocol's names, in place, and return the call.
 
-    This catches spellings that snake_case cannot split into words, such as `userid`. Names are
-    compared ignoring case, underscores, hyphens and spaces. If a field occurs in several spellings,
-    the protocol's own name counts, or else the first spelling; null counts as missing.
+    The keys already are in snake_case. This finds the spellings that snake_case cannot split into
+    words, such as `userid`, by ignoring case, underscores, hyphens and spaces. If a field occurs in
+    several spellings, the protocol's own name counts, or else the first of the others; null counts
+    as missing.
     """
     unknown = [key for key in raw if key not in FIELDS]
     for key in unknown:
@@ -560,13 +572,14 @@ def squash(key: str) -> str:
 
 
 class CallType(NamedTuple):
-    """What there is to know about one type of call."""
+    """The arguments of the handler of one type of call, and the field that it requires."""
 
-    # The fields that a handler receives, before the whole call. Except for user_id, they are
-    # ignored in calls of all types that do not have them as arguments.
+    # The fields that a handler receives, in this order; its last argument is the Call itself. Any
+    # of these fields, except user_id, is ignored in a call of a type that does not have it here.
     arguments: tuple[str, ...]
 
-    # A field that must be present and not empty, besides a user_id or an anonymous_id.
+    # A field that must be present and not empty. In addition, every call must have a user_id or an
+    # anonymous_id.
     required: str = ""
 
 
@@ -583,7 +596,9 @@ CALLS = {
 
 
 class Destination:
-    """Where calls go. A subclass supports the types of call for which it defines a method.
+    """The base class of destinations, which handle calls.
+
+    A subclass supports each type of call for which it defines a method.
 
     A method is called with the arguments in CALLS and then the whole call, for example
     `identify(user_id, traits, call)`; the user_id is None for an anonymous visitor. It returns None
@@ -658,7 +673,7 @@ class Call:
     original_timestamp: str | None = None  # when it happened, by the client's own clock
     version: Any = None  # of the Segment Spec
 
-    customer: str  # whose API key the call was sent with
+    customer: str  # the one whose API key was used
     settings: dict[str, Any]  # from X-Segment-Settings
     raw: dict[str, Any]  # the whole call, with its keys converted and its values as they were sent
     size: int  # of the body, in bytes
@@ -859,8 +874,10 @@ def dispatch(handler: Callable[..., Any], call: Call) -> int:
 #
 # A sender repeats itself: it has one API key, and the JSON objects in its calls have the same keys
 # again and again. This section caches what is computed from them. Deleting it would not change any
-# reply. From here on, the names of three functions mean their cached versions, also inside of the
-# functions above. Their parameters are positional-only (`/`), as those of the cached versions are.
+# reply. It binds three names again: `key_digest` and `snake_case` to cached versions, `snake_keys`
+# to one that skips objects without keys to convert. The functions above look these names up when
+# they run, so they use the new versions, too. Their parameters are positional-only (`/`), because
+# the new versions take no keyword arguments.
 
 
 class ShortTextCache(dict[str, str]):
@@ -995,8 +1012,10 @@ class GroupCommit(Destination):
         """
         waiting = WaitingCall(call, time.monotonic() + STORE_TIMEOUT, queue.SimpleQueue())
         with self._changed:
-            if self._closing or self.failed:
+            if self._closing:
                 raise Refusal(503, "Shutting down")
+            if self.failed:
+                raise Refusal(503, "The call cannot be stored at the moment")
             too_many = len(self._waiting) >= MAX_WAITING_CALLS
             too_large = self._waiting_bytes + call.size > MAX_WAITING_BYTES
             if too_many or (too_large and self._waiting):  # a single call of any size may wait
@@ -1041,7 +1060,9 @@ class GroupCommit(Destination):
         except Exception:
             log.exception("The writer has failed")
         finally:
-            self.failed = not self._closing  # without close(), an exception has led here
+            self.failed = (
+                not self._closing
+            )  # unless close() was called, an exception ended the loop
 
     def _write_next_batch(self) -> bool:
         """Wait for calls and write them. Return False after `close`, once nothing waits.
@@ -1133,7 +1154,8 @@ def merged_traits(condition: str) -> str:
         from calls as c, json_each(c.call, '$.traits') as trait
         where {condition}
             and trait.key is not null -- traits that are null have one row, without a key
-            and instr(trait.fullkey, '\\u0000') = 0
+            -- fullkey has NUL as \\u0000, and a backslash as two, which are removed first
+            and instr(replace(trait.fullkey, '\\\\', ''), '\\u0000') = 0
     )
     select json_group_object(name, json(value)) from (
         select name, value, row_number() over (
@@ -1249,9 +1271,9 @@ to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 def call_row(call: Call) -> dict[str, str | None]:
     """Return the columns of the row in which a database stores a call.
 
-    Of a delete, only type, ids and times are stored, because the rest might reveal something about
-    the user. If it is dated in the future, its timestamp is now, because it must not forget calls
-    that have not happened yet.
+    Of a `delete` call, only type, ids and times are stored, because other fields might contain
+    personal data. A timestamp in the future is replaced by the current time, or the delete would
+    also forget calls that the user makes after it.
     """
     received_at = utc_now()
     timestamp = call.timestamp
@@ -1491,7 +1513,7 @@ class Head(NamedTuple):
     headers: Mapping[str, str]  # without Content-Length
     keep_alive: bool  # whether another request may follow on the connection
     expects_continue: bool  # whether the client waits for "100 Continue" before it sends the body
-    length: int | None  # the Content-Length; must stay last, as with_head_cache replaces it
+    length: int | None  # the Content-Length in bytes; the last one for with_head_cache
 
 
 def parse_head(head: str, /) -> Head:
@@ -1623,7 +1645,7 @@ class Connection(BaseRequestHandler):
         handshake and first request     `timeout` after the connection was accepted
         waiting for another request     `keep_alive` after the last reply
         a later request                 `timeout` after its first byte
-        a handler runs                  none, because the client has done its part
+        a handler runs                  none; the request is complete
         sending and discarding          `timeout` after the reply was made
     """
 
@@ -1710,7 +1732,7 @@ class Connection(BaseRequestHandler):
                 self.idle_since = time.monotonic()
             self.buffer += self.tls.recv(RECEIVE_SIZE)
             self.idle_since = None
-        if self.has_replied:  # the time for the first request has begun in setup()
+        if self.has_replied:  # the deadline of the first request was set in setup()
             self.set_deadline(self.server.options.timeout)
         return bool(self.buffer)
 
@@ -1727,10 +1749,11 @@ class Connection(BaseRequestHandler):
 
     def must_close(self, reply: Reply) -> bool:
         """Return whether the connection must close after this reply."""
-        unknown_length = reply.status == 411
-        may_never_arrive = self.expects_continue and self.body_left > 0
-        too_long = self.body_left > self.server.options.max_body
-        if unknown_length or may_never_arrive or too_long:
+        length_is_unknown = reply.status == 411
+        # A client that waits for "100 Continue" may never send the body.
+        body_may_not_follow = self.expects_continue and self.body_left > 0
+        too_long_to_discard = self.body_left > self.server.options.max_body
+        if length_is_unknown or body_may_not_follow or too_long_to_discard:
             return True
         return self.hung_up or self.server.stopping
 
@@ -1748,8 +1771,8 @@ class Connection(BaseRequestHandler):
     def read_head(self) -> str:
         """Return the head of a request.
 
-        Raises Refusal as soon as it is too long or has a bare line feed, or if the connection ends
-        before it does.
+        Raises Refusal as soon as the head is too long or contains a bare line feed, or if the
+        connection ends before the head is complete.
         """
         resume_at = 0  # where the search for the end of the head resumes
         while (end := self.buffer.find(b"\r\n\r\n", resume_at)) < 0:
@@ -1763,7 +1786,7 @@ class Connection(BaseRequestHandler):
         return head.removeprefix("\r\n")  # one empty line may come first (RFC 9112 §2.2)
 
     def read_body(self) -> bytes:
-        """Return the body, and lift the deadline: from here on, any delay is ours.
+        """Return the body, and remove the deadline, because the client has done its part.
 
         Raises Refusal 408, 400 or 503 if the connection ends before the body does.
         """
@@ -1779,7 +1802,7 @@ class Connection(BaseRequestHandler):
         return body
 
     def discard_body(self) -> None:
-        """Read the rest of a refused body and drop it as it arrives, to save memory."""
+        """Discard what is left of the body, as it arrives, so that the next request can be read."""
         while self.body_left:
             if not self.buffer:
                 self.buffer += self.tls.recv(RECEIVE_SIZE)
@@ -1832,7 +1855,9 @@ class Connection(BaseRequestHandler):
         end = time.monotonic() + LINGER
         self.deadline = math.inf  # this method ends by itself
         self.tls.settimeout(LINGER)
-        with contextlib.suppress(OSError, ValueError):  # ValueError: the client was gone early
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # ValueError: the client closed the connection before TLS was set up
             self.tls.unwrap()  # sends close_notify, and waits for that of the client
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.tls, socket.SHUT_WR)
@@ -1842,9 +1867,10 @@ class Connection(BaseRequestHandler):
     # -- Deadlines --
 
     def set_deadline(self, seconds: float) -> None:
-        """Set the deadline, in seconds from now. After `hang_up`, which sets one, do nothing."""
-        if not self.hung_up:
-            self.deadline = time.monotonic() + seconds
+        """Set the deadline to this many seconds from now; after `hang_up`, to LINGER seconds."""
+        self.deadline = time.monotonic() + seconds
+        if self.hung_up:  # checked last, because another thread may call `hang_up` in between
+            self.deadline = time.monotonic() + LINGER
 
     def hang_up(self) -> None:
         """Shut down reading, so that the connection's own thread wakes up. Called by other threads.
@@ -1859,12 +1885,12 @@ class Connection(BaseRequestHandler):
             socket.socket.shutdown(self.tls, how)
 
 
-def check_partial_head(buffer: bytearray, search_from: int) -> None:
-    """Raise Refusal if a head is too long already, or has a bare line feed.
+def check_partial_head(buffer: bytearray, resume_at: int) -> None:
+    """Raise Refusal if an incomplete head is too long, or contains a bare line feed.
 
-    The bytes before `search_from` have been searched for line feeds before.
+    The search for line feeds starts at `resume_at`; earlier bytes were searched before.
     """
-    if BARE_LF.search(buffer, search_from):
+    if BARE_LF.search(buffer, resume_at):
         raise Refusal(400, "Malformed line; every line must end in CR LF")
     if len(buffer) > MAX_HEAD:
         raise Refusal(431, f"Request head must be at most {MAX_HEAD} bytes long")
@@ -2042,11 +2068,11 @@ MAX_LOG_BUFFER = 4_000_000  # characters
 
 
 class LogBuffer(logging.Handler):
-    """Writes lines to standard error from a thread of its own, through a bounded buffer.
+    """A log handler that writes to standard error from a separate thread.
 
-    So a full disk, or a reader that has stalled, delays nothing but the log. Lines about requests
-    use `write`, because a logging record for each request would halve the number of calls per
-    second. `run` also makes this the handler of the logger `receiver`.
+    A full disk, or a reader that has stalled, therefore delays only the log. The server logs
+    requests by `write`, because a logging record for each one would halve the number of calls per
+    second. All other messages come from the logger `receiver`, whose handler this is in `run`.
     """
 
     def __init__(self) -> None:
@@ -2124,11 +2150,14 @@ def log_line(reply: Reply, seconds: float, verbose: bool) -> str:
     indented. Everything from outside is escaped, so that it cannot forge lines.
     """
     raw = reply.raw
+    user = raw.get("user_id")
+    if user is None or user == "":
+        user = raw.get("anonymous_id")
     words = [
         str(reply.status),
         log_word(raw.get("type")),
         log_word(reply.customer),
-        log_word(raw.get("user_id") or raw.get("anonymous_id")),
+        log_word(user),
         log_word(raw.get("event") or raw.get("name")),
     ]
     if reply.outcome and reply.outcome != Outcome.stored:
@@ -2147,7 +2176,7 @@ def log_line(reply: Reply, seconds: float, verbose: bool) -> str:
 
 def log_word(value: object) -> str:
     """Return a value as one word of a log line: quoted unless short and plain, or "-" if empty."""
-    if not value:
+    if value is None or value == "":
         return "-"
     is_plain = isinstance(value, str) and value.isprintable() and not re.search("[ '\"]", value)
     return str(value) if is_plain and len(str(value)) <= 80 else short_repr(value)
@@ -2161,7 +2190,7 @@ def printable(text: str) -> str:
 def json_or_repr(value: object) -> str:
     """Return a value as JSON, or else its repr. A destination may have put anything into a call."""
     try:
-        return json.dumps(value, default=repr)
+        return json.dumps(value, default=short_repr)
     except (TypeError, ValueError, RecursionError):
         return short_repr(value)
 
@@ -2200,7 +2229,7 @@ NEWCOMER_AGE = 1.0  # seconds; a younger connection that has not sent a head is 
 SHUTDOWN_GRACE = 2.5  # seconds for requests in flight
 REPLY_GRACE = 0.5  # seconds for the last replies after that
 
-# What accept() says when this process or the system has run out of something.
+# Errors of accept() if this process or the system has run out of resources.
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -2228,7 +2257,7 @@ class Server(ThreadingTCPServer):
         self.connection_slots = threading.Semaphore(options.max_connections)
         self.stopping = False
         self.failed = False  # whether the accept thread has ended unexpectedly
-        self.on_failure: Callable[[], None] = lambda: None  # called then; `run` sets it to wake up
+        self.on_failure: Callable[[], None] = lambda: None  # called when `failed` is set
         self.reload_requested = False
         self.next_deadline_check = 0.0  # monotonic time
         self.next_keys_check = 0.0  # monotonic time
@@ -2396,8 +2425,9 @@ class Server(ThreadingTCPServer):
         while self.connections and time.monotonic() < grace_ends + REPLY_GRACE:
             is_late = time.monotonic() > grace_ends
             for connection in list(self.connections):
-                is_idle = connection.idle_since is not None or not connection.head_received
-                if not connection.hung_up and (is_late or is_idle):
+                # A client whose first head is still incomplete can retry on another connection.
+                has_no_request = connection.idle_since is not None or not connection.head_received
+                if not connection.hung_up and (is_late or has_no_request):
                     connection.hang_up()
             time.sleep(0.01)
         try:
@@ -2783,14 +2813,14 @@ def run(destination: Destination | None, options: argparse.Namespace) -> int:
 
 
 def force_exit(server: Server, status: int) -> None:
-    """End the process, because something hangs while it stops."""
+    """End the process by force, because stopping has taken too long."""
     server.log.write(f"{utc_now()} Stopping took too long; the process was ended by force\n")
     time.sleep(2 * LOG_INTERVAL)  # for the log
     os._exit(status)
 
 
 def tune_process(max_connections: int) -> None:
-    """Allow enough open files, and keep waking threads from preempting each other."""
+    """Raise the limit on open files, and keep waking threads from preempting the running one."""
     import resource  # not at the top of the file, because `serve` does not need Unix
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -2800,7 +2830,8 @@ def tune_process(max_connections: int) -> None:
             wanted = min(wanted, hard)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    # By default, a waking thread preempts the one that holds the GIL, and then waits for the GIL.
+    # By default, a waking thread may preempt the one that holds the GIL, only to wait for the GIL
+    # itself. With SCHED_BATCH, it does not preempt.
     if hasattr(os, "SCHED_BATCH"):
         with contextlib.suppress(OSError):  # not permitted in some containers
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

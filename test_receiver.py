@@ -1161,6 +1161,7 @@ class CustomRefusal(receiver.Refusal):
         "a status just below the errors": ({"status": 399}, 500, "Internal error"),
         "a status just above the errors": ({"status": 600}, 500, "Internal error"),
         "a message that is not text": ({"status": 400, "message": {1}}, 400, "{1}"),
+        "headers that are None": ({"status": 422, "headers": None}, 422, "Internal error"),
     },
 )
 def test_a_subclass_of_refusal_is_always_a_reply(
@@ -1712,6 +1713,11 @@ def test_a_trait_whose_name_contains_nul_does_not_overwrite_another(store: FileS
     store.save(traits={"a": 3}, timestamp=DAY_1)
     store.save(traits={"a\0c": 2}, timestamp=DAY_2)
     assert store.select("traits from users") == [('{"a":3}',)]
+
+
+def test_a_trait_whose_name_only_looks_like_an_escaped_nul_is_kept(store: FileStore) -> None:
+    store.save(traits={r"a\u0000b": 1})
+    assert json.loads(store.select("traits from users")[0][0]) == {r"a\u0000b": 1}
 
 
 def test_a_call_is_one_row_with_its_times_in_utc(store: FileStore) -> None:
@@ -2827,6 +2833,11 @@ LOGGED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "an expired key": (TRACK, "segment-expired", r"401 - lapsed - - \d+\.\d ms API token expired"),
     "an unknown key": (TRACK, "unknown", r"401 - - - - \d+\.\d ms Unknown API key"),
+    "a user whose id is 0": (
+        {"type": "page", "user_id": 0, "anonymous_id": "a1"},
+        "segment",
+        r"200 page demo 0 - \d+\.\d ms",
+    ),
     "an anonymous user": (
         {"type": "page", "anonymous_id": "a1"},
         "segment",
@@ -2893,8 +2904,20 @@ def test_verbose_does_not_multiply_a_call_that_is_deep_and_wide(tmp_path: Path) 
         assert process.log_length() < 1_000_000
 
 
+class Unprintable:
+    """An object without a repr."""
+
+    def __repr__(self) -> str:
+        raise AttributeError("no repr")
+
+
 def spoil(call: receiver.Call) -> None:
     """Do to a call what a careless destination does."""
+    call.raw["unprintable"] = Unprintable()
+    deep: list[Any] = []
+    call.raw["deep"] = deep
+    for _ in range(200_000):
+        deep.append(deep := [])
     call.raw[("tuple", "key")] = object()  # type: ignore[index]
     call.raw["itself"] = call.raw
     call.raw["_id"] = object()
@@ -5698,7 +5721,9 @@ def raw_endpoint(reply: Callable[[socket.socket], object]) -> Iterator[str]:
 
         def handle(sock: socket.socket) -> None:
             with sock, contextlib.suppress(OSError):
-                sock.recv(65_536)
+                # A close with unread data would reset the connection, and with it the reply.
+                while (received := sock.recv(65_536)) and not received.endswith(b"}"):
+                    pass
                 reply(sock)
 
         thread = threading.Thread(target=run)
