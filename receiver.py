@@ -2175,7 +2175,7 @@ def log_line(reply: Reply, seconds: float, verbose: bool) -> str:
 
 
 def log_word(value: object) -> str:
-    """Return a value as one word of a log line: quoted unless short and plain, or "-" if empty."""
+    """Return a value as one word of a log line: quoted unless short and plain, or "-" for none."""
     if value is None or value == "":
         return "-"
     is_plain = isinstance(value, str) and value.isprintable() and not re.search("[ '\"]", value)
