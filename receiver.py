@@ -175,8 +175,8 @@ class Endpoint:
 def short_repr(value: object) -> str:
     """Return the repr of a value, cut to 80 characters, for use in a message or in the log.
 
-    If there is no repr, because the value raises an exception or is nested too deeply, return the
-    name of its type.
+    If repr() fails, because the value raises an exception or is nested too deeply, return the name
+    of its type.
     """
     try:
         text = repr(value)
@@ -502,8 +502,8 @@ def refuse_constant(text: str) -> NoReturn:
 def snake_keys(members: dict[str, Any], /) -> dict[str, Any]:
     """Return an object with its keys in snake_case.
 
-    If several keys would get the same name, it goes to the key that was sent with exactly that name
-    or, if there is none, to the first. The others stay as they were sent, so nothing is lost.
+    If several keys would get the same name, it goes to the key that was sent with exactly that
+    name, or else to the first. The others stay as they were sent, so nothing is lost.
     """
     used_names = set(members)
     renamed = {}
@@ -578,7 +578,7 @@ class CallType(NamedTuple):
     # of these fields, except user_id, is ignored in a call of a type that does not have it here.
     arguments: tuple[str, ...]
 
-    # A field that must be present and not empty. In addition, every call must have a user_id or an
+    # A field that must be present and not empty. Besides, every call must have a user_id or an
     # anonymous_id.
     required: str = ""
 
@@ -598,12 +598,11 @@ CALLS = {
 class Destination:
     """The base class of destinations, which handle calls.
 
-    A subclass supports each type of call for which it defines a method.
-
-    A method is called with the arguments in CALLS and then the whole call, for example
-    `identify(user_id, traits, call)`; the user_id is None for an anonymous visitor. It returns None
-    for status 200, or HTTPStatus.ACCEPTED for 202. It raises Refusal to refuse the call. Any other
-    exception is logged, and answered with 500.
+    A subclass supports each type of call for which it defines a method. The method is called with
+    the arguments in CALLS and then the Call itself, for example `identify(user_id, traits, call)`;
+    the user_id is None for an anonymous visitor. It returns None for status 200, or
+    HTTPStatus.ACCEPTED for 202. It raises Refusal to refuse the call. Any other exception is
+    logged, and answered with 500.
 
     Methods run in several threads at once; guard shared state.
     """
@@ -1060,14 +1059,14 @@ class GroupCommit(Destination):
         except Exception:
             log.exception("The writer has failed")
         finally:
-            self.failed = (
-                not self._closing
-            )  # unless close() was called, an exception ended the loop
+            # Unless close() was called, an exception has ended the loop.
+            self.failed = not self._closing
 
     def _write_next_batch(self) -> bool:
         """Wait for calls and write them. Return False after `close`, once nothing waits.
 
-        This is a method of its own so that no variable keeps a batch in memory during the wait.
+        When it returns, its variables release the batch, which would otherwise stay in memory
+        while the writer waits for the next one.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing)
@@ -1135,7 +1134,8 @@ def merged_traits(condition: str) -> str:
     `->` gives the JSON of a trait exactly as it was stored, but finds nothing if the name contains
     a quotation mark. In that case, `coalesce` falls back to the value from json_each, which may
     round a number, or cut a text at NUL. A trait whose name contains NUL is left out, because
-    SQLite would cut the name. Without `materialized`, it would sort a copy of the call per trait.
+    SQLite would cut the name. Without `materialized`, SQLite would sort a copy of the whole call
+    for each trait.
     """
     return f"""(
     with trait_values as materialized (
@@ -1513,7 +1513,7 @@ class Head(NamedTuple):
     headers: Mapping[str, str]  # without Content-Length
     keep_alive: bool  # whether another request may follow on the connection
     expects_continue: bool  # whether the client waits for "100 Continue" before it sends the body
-    length: int | None  # the Content-Length in bytes; the last one for with_head_cache
+    length: int | None  # the Content-Length in bytes; with_head_cache replaces this last field
 
 
 def parse_head(head: str, /) -> Head:
@@ -1637,7 +1637,7 @@ def http_date(second: int) -> str:
 
 
 class Connection(BaseRequestHandler):
-    """One connection, from the TLS handshake to the last reply, in a thread of its own.
+    """One connection, from the TLS handshake to the last reply, handled in a separate thread.
 
     Other threads use the attributes that are marked as shared; see the table in the section "All
     connections". The deadline, after which the accept thread hangs up, depends on what happens:
@@ -1690,7 +1690,7 @@ class Connection(BaseRequestHandler):
             self.tls.do_handshake()
         except OSError:
             if self.hung_up:
-                return  # too late: without TLS no reply is possible, and a log line is not worth it
+                return  # the server has hung up: no reply is possible, and a log line not needed
             raise
         with contextlib.suppress(OSError):  # the connection is broken
             while not self.close_connection:
@@ -1855,9 +1855,8 @@ class Connection(BaseRequestHandler):
         end = time.monotonic() + LINGER
         self.deadline = math.inf  # this method ends by itself
         self.tls.settimeout(LINGER)
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # ValueError: the client closed the connection before TLS was set up
+        # ValueError means that the client closed the connection before TLS was set up.
+        with contextlib.suppress(OSError, ValueError):
             self.tls.unwrap()  # sends close_notify, and waits for that of the client
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.tls, socket.SHUT_WR)
@@ -1966,7 +1965,7 @@ class Keyring:
 
 
 def file_stamp(path: str) -> tuple[int, ...]:
-    """Return metadata of a file that changes whenever its content does; () if there is no file."""
+    """Return metadata that changes whenever the content of a file does; () if it does not exist."""
     try:
         status = os.stat(path)
     except OSError:
@@ -2197,7 +2196,7 @@ def json_or_repr(value: object) -> str:
 
 # ---- All connections -----------------------------------------------------------------------------
 #
-# State that threads share. Every write is a single step (an assignment, or one change to a set),
+# The threads share this state. Every write is a single assignment, or a single change to a set,
 # which is atomic in CPython. If a reader may act on an old value, the table says what happens then.
 #
 #   attribute                    written by                  read by
@@ -2318,8 +2317,8 @@ class Server(ThreadingTCPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the thread of a connection.
 
-        This does not use threading.Thread, whose `start` waits for a sign of life from the new
-        thread, and would wait forever if that ran out of memory first.
+        This does not use threading.Thread, whose `start` waits until the new thread signals that it
+        runs. If the new thread ran out of memory first, `start` would wait forever.
         """
         try:
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
@@ -2330,7 +2329,7 @@ class Server(ThreadingTCPServer):
             self.out_of_resources = False
 
     def close_request(self, request: Any) -> None:
-        """Close a connection, and return its slot, whatever happens."""
+        """Close a connection, and release its slot even if that fails."""
         try:
             super().close_request(request)
         finally:
@@ -2390,8 +2389,8 @@ class Server(ThreadingTCPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log a client's error in one line, and an error of this program with its traceback."""
         error = sys.exception()
-        ours = not isinstance(error, OSError)
-        log.warning("Connection from %s failed: %s", client_address[0], error, exc_info=ours)
+        is_internal = not isinstance(error, OSError)
+        log.warning("Connection from %s failed: %s", client_address[0], error, exc_info=is_internal)
 
     def log_request(self, reply: Reply, seconds: float) -> None:
         """Log a request; with --quiet, only if it was refused or failed."""
@@ -2410,7 +2409,7 @@ class Server(ThreadingTCPServer):
     # -- Stopping --
 
     def stop(self) -> None:
-        """Accept no more connections, finish the requests in flight, and close the destination.
+        """Stop accepting connections, finish the requests in flight, and close the destination.
 
         This takes at most the sum of SHUTDOWN_GRACE, REPLY_GRACE, a second each for the accept
         thread and for the log, and the time that the destination needs to close. Further calls do

@@ -53,7 +53,7 @@ import receiver
 # ==================================================================================================
 # What all tests share
 #
-# Requests as bytes, and as the values that the protocol takes. A receiver in a process of its own,
+# Requests as bytes, and as the values that the protocol takes. A receiver in a separate process,
 # and a TLS connection that sends exact bytes. No port is fixed, and nothing is left running.
 # ==================================================================================================
 
@@ -196,7 +196,8 @@ def ask_record(
     request = module.Request(
         head.method, head.target, head.headers, head.length, lambda: record.body
     )
-    return module.answer(request, module.Endpoint(destination, KEYS), lambda: NOW)  # type: ignore[no-any-return]
+    reply: receiver.Reply = module.answer(request, module.Endpoint(destination, KEYS), lambda: NOW)
+    return reply
 
 
 def handler_arguments(call: Any = TRACK, **asked: Any) -> tuple[Any, ...]:
@@ -261,7 +262,7 @@ TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 
 
 class RunningReceiver(contextlib.AbstractContextManager["RunningReceiver"]):
-    """A receiver in a process of its own, with a free port and its own database."""
+    """A receiver in a separate process, with a free port and its own database."""
 
     def __init__(
         self, folder: Path, *options: object, program: Sequence[str] = RECEIVER, **process: Any
@@ -3639,7 +3640,7 @@ def test_after_an_attack_nothing_has_leaked(tmp_path: Path) -> None:
 
 
 def run_program(folder: Path, name: str, *options: object) -> RunningReceiver:
-    """Run a program that calls receiver.main(), from a folder of its own."""
+    """Run a program that calls receiver.main(), from a separate folder."""
     environment = {**os.environ, "PYTHONPATH": str(HERE)}
     program = [sys.executable, name]
     return RunningReceiver(folder, *options, program=program, cwd=folder, env=environment)
@@ -4344,7 +4345,7 @@ class HttpTransport:
 
 
 def retry_after(reply: KitReply) -> float | None:
-    """The seconds after which a rate limit says to try again, or None if there is none."""
+    """The seconds after which a rate limit says to try again, or None if it says nothing."""
     value = reply.headers.get("retry-after", "")
     if reply.status == 429 or (reply.status == 503 and value):
         return float(value) if value.isdigit() else 1.0
@@ -4685,7 +4686,7 @@ CHECKS = CODE_CHECKS + [
 
 
 class Finding(NamedTuple):
-    """What came out of a check."""
+    """The result of a check."""
 
     check: Check
     outcome: str  # "kept", "broken" or "not checked"
@@ -4797,7 +4798,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("check", parameters)
     if config.getoption("markexpr") == "conformance" and not config.getoption("collectonly"):
         config.pluginmanager.register(Report())
-        config.option.verbose = -2  # so that no other counts stand beside ours
+        config.option.verbose = -2  # without pytest's own counts
 
 
 class Report:
@@ -6148,7 +6149,7 @@ def test_the_wsgi_application_refuses_a_body_that_ends_early() -> None:
 
 # ---- PostgreSQL ----------------------------------------------------------------------------------
 #
-# The program in README, "Several machines, one database", on a real PostgreSQL of its own.
+# The program in README, "Several machines, one database", on a real PostgreSQL server.
 
 psycopg: Any = importlib.import_module("psycopg") if importlib.util.find_spec("psycopg") else None
 POSTGRESQL_PROGRAMS = "/usr/lib/postgresql/*/bin/initdb"
@@ -6160,7 +6161,7 @@ NOON = "2026-01-15T12:00:00.000Z"
 
 
 class Cluster:
-    """A PostgreSQL server in a folder of its own, which can be stopped and started."""
+    """A PostgreSQL server in a separate folder, which can be stopped and started."""
 
     def __init__(self, folder: Path, module: Any) -> None:
         self.folder = folder
