@@ -15,7 +15,7 @@ customers, and forwards each call to your endpoint in an HTTPS request:
 
 The credentials are the customer's API key, a colon and an empty password, in base64: here,
 `segment:`. Segment documents the keys of the JSON object in snake_case, but also sends other
-casings. Below, the sender is the program that sends these requests, which may not be Segment.
+casings. In this file, the sender is whatever program sends these requests; it need not be Segment.
 
 Segment acts on the status code of the reply, which it expects within about five seconds:
 
@@ -24,12 +24,15 @@ Segment acts on the status code of the reply, which it expects within about five
     no reply                                   retried for about four hours
     501, 505 and all other 4xx                 dropped for good
 
-Do not use any other status code. An error reply may have a JSON object as its body, such as
-{"message": "Missing user_id"}; Segment shows the message to the customer.
+Use no other status code; a redirect, in particular, would not be followed. A reply of 200 or 202
+has no body. An error reply may have a JSON object as its body, with the Content-Type
+application/json; Segment shows its message to the customer:
 
-These rules have three consequences. Store a call before you acknowledge it: once you have done so,
-yours is the only copy. Expect the same call twice, because a reply can get lost. Expect calls out
-of order, because retried calls arrive late.
+    {"message": "Missing user_id or anonymous_id"}
+
+These rules have three consequences. Store a call before you acknowledge it: from then on, yours is
+the only copy. Expect the same call twice, because a reply can get lost. Expect calls out of order,
+because retried calls arrive late.
 
 `make run` starts the receiver, which stores the calls in an SQLite database. To handle them in your
 own code instead, define a destination:
@@ -38,6 +41,7 @@ own code instead, define a destination:
         def identify(self, user_id, traits, call):
             if "email" not in traits:
                 raise receiver.Refusal(400, "Missing email address")
+            save_contact(user_id, traits)  # before the call is acknowledged
 
 Run it in a test, where the API key `segment` is valid by default:
 
@@ -81,7 +85,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import formatdate
 from enum import StrEnum
-from functools import lru_cache
+from functools import lru_cache, wraps
 from http import HTTPStatus
 from itertools import accumulate
 from pathlib import Path
@@ -94,17 +98,19 @@ __version__ = "2.0"
 # ==================================================================================================
 # Part 1. The protocol
 #
-# This part decides how each request is answered. It does no I/O by itself: it opens no sockets or
-# files, starts no threads, and reads the time only through the clock that it is given. To implement
-# the protocol in another language, translate this part and `parse_head` in Part 3, and test the
-# result with the requests in fixtures/accepted.json and fixtures/refused.json.
+# This part decides how each request is answered. It does no I/O of its own: it opens no sockets or
+# files, and starts no threads; the body and the time reach it through functions that it is given.
+#
+# To implement the protocol in another language, translate this part, and `parse_head` in Part 3
+# with the functions that it calls. Then test the result with the requests in fixtures/accepted.json
+# and fixtures/refused.json, whose format README explains.
 # ==================================================================================================
 
 # ---- Requests, replies and refusals --------------------------------------------------------------
 
 HEALTH_PATH = "/health"  # for load balancers and monitors; not part of Segment's protocol
 
-# For some status codes, headers that every reply with that code carries.
+# Headers that accompany every reply with the given status code.
 STATUS_HEADERS = {
     401: {"WWW-Authenticate": 'Basic realm="Segment calls", charset="UTF-8"'},  # RFC 7617 §2
     503: {"Retry-After": "5"},  # seconds, RFC 9110 §10.2.3
@@ -114,11 +120,11 @@ Clock = Callable[[], str]  # returns the current time in UTC, in the form 2026-0
 
 
 class Request(NamedTuple):
-    """A request with a well-formed head, which `parse_head` has checked, and an unread body."""
+    """A request whose head has been checked by `parse_head`, and whose body has not been read."""
 
     method: str
     target: str  # path and query, as sent
-    headers: Mapping[str, str]  # names in lower case, values without surrounding whitespace
+    headers: Mapping[str, str]  # names in lower case, values stripped; without Content-Length
     length: int | None  # the Content-Length in bytes; None if the header is missing
     read: Callable[[], bytes]  # reads the body; call it once. Raises Refusal 400, 408 or 503.
 
@@ -132,19 +138,20 @@ class Reply(NamedTuple):
     customer: str = ""  # the one to whom the API key belongs, once that is known
     raw: Mapping[str, Any] = {}  # the whole call, once it has been parsed; see Call.raw
     outcome: str = ""  # what the destination did with the call, such as "duplicate"
-    error: Exception | None = None  # the internal error behind a 500
+    error: Exception | None = None  # the error behind a 500, unless it is a Refusal
 
 
 class Refusal(Exception):  # noqa: N818 - a normal answer, not an error in the program
-    """Raised to refuse a request, with a status code from 400 to 599 and a message.
+    """Raised to refuse a request, with a status code, a message, and perhaps headers.
 
     The status code alone decides whether the sender retries the call or drops it; the customer
     reads the message. Use 503 for a temporary problem, because a 400 would lose the call. Use 400
     for a call that can never succeed, because a 503 would be retried for hours.
     """
 
-    # Defaults for a subclass whose constructor does not call this one.
-    status = 500
+    # Defaults for a subclass whose constructor does not call this one. A status of 0 is invalid, so
+    # `error_reply` treats the exception as an internal error.
+    status = 0
     message = "Internal error"
     headers: Mapping[str, str] = {}
 
@@ -163,7 +170,10 @@ class Refusal(Exception):  # noqa: N818 - a normal answer, not an error in the p
 
 @dataclass
 class Endpoint:
-    """What determines a reply, besides the request and the time. Attributes may be reassigned."""
+    """What determines a reply, besides the request and the time.
+
+    The attributes may be reassigned at any time, for example to start maintenance.
+    """
 
     destination: Destination
     keys: Mapping[str, Key]  # indexed by the SHA-256 digest of each API key, in hexadecimal
@@ -193,16 +203,18 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
 
     The protocol is a ladder: each rung either refuses the request or passes it on to the next. If a
     request has two faults, the order of the rungs decides which one is reported. The functions that
-    implement the rungs follow in the same order. Rung 1, the grammar of the request's head, is
+    implement the rungs follow in the same order; rung 1, which parses the head of the request, is
     `parse_head` in Part 3. The health check needs no API key, so it is answered before rung 5.
 
-    Exceptions that do not derive from Exception, such as KeyboardInterrupt, propagate.
+    Every Exception becomes a reply: a Refusal becomes the reply that it asks for, and any other one
+    a 500. Only exceptions that do not derive from Exception, such as KeyboardInterrupt, propagate.
     """
     headers = request.headers
+    # Set before the `try`, because the log shows them even if the request is refused.
     customer = ""
     raw: dict[str, Any] = {}
     try:
-        path = find_path(request.target, endpoint.path)  # rung 2: 404
+        path = parse_path(request.target, endpoint.path)  # rung 2: 404
         check_method(request.method, path)  # rung 3: 405
         check_maintenance(endpoint.maintenance)  # rung 4: 503
         if path == HEALTH_PATH:
@@ -222,14 +234,18 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
         check_permission(key, raw["type"])  # rung 9: 403
         call = parse_call(raw, customer, settings, len(body), now)  # rung 10: 400
         status = dispatch(handler, call)  # rung 11: 200, 202, 500, or the handler's refusal
-        return Reply(status, customer=customer, raw=raw, outcome=call.outcome or "")
+        return Reply(status, customer=customer, raw=raw, outcome=call.outcome)
     except Exception as error:
-        return error_reply(error)._replace(customer=customer, raw=raw)
+        reply = error_reply(error)
+        return reply._replace(customer=customer, raw=raw)
 
 
 def error_reply(error: Exception) -> Reply:
-    """Return the reply that a Refusal asks for. Any other error is a 500 without details."""
-    # A subclass that does not call Refusal.__init__ may have an invalid status, or no headers.
+    """Return the reply that a Refusal asks for.
+
+    Any other exception, or a Refusal whose status is invalid, becomes a 500 without details.
+    """
+    # A subclass may set its attributes to anything, even its headers to None.
     if isinstance(error, Refusal) and error.status in range(400, 600):
         headers = {**STATUS_HEADERS.get(error.status, {}), **(error.headers or {})}
         return Reply(int(error.status), {"message": str(error.message)}, headers)
@@ -239,7 +255,7 @@ def error_reply(error: Exception) -> Reply:
 # ---- Rungs 2 to 4: the path, the method, maintenance ---------------------------------------------
 
 
-def find_path(target: str, endpoint_path: str) -> str:
+def parse_path(target: str, endpoint_path: str) -> str:
     """Return the path of a request target.
 
     Raises Refusal 404 if it is neither the endpoint's path nor HEALTH_PATH.
@@ -258,14 +274,14 @@ def check_method(method: str, path: str) -> None:
 
     Unknown methods get a 405, too: a 501 would mean that the type of call is not supported.
     """
-    allowed = "GET, HEAD" if path == HEALTH_PATH else "POST"
-    if method in allowed.split(", "):
+    allowed = ["GET", "HEAD"] if path == HEALTH_PATH else ["POST"]
+    if method in allowed:
         return
-    shown = method[:80]  # a token, which needs no escaping
-    message = f"Method {shown} is not allowed; use {allowed.replace(', ', ' or ')}"
+    shown = method[:80]  # needs no escaping, because `parse_head` accepts only a TOKEN
+    message = f"Method {shown} is not allowed; use {' or '.join(allowed)}"
     if method == "GET":  # somebody opened the address in a browser
         message += ". This endpoint receives calls that Segment forwards"
-    raise Refusal(405, message, {"Allow": allowed})
+    raise Refusal(405, message, {"Allow": ", ".join(allowed)})
 
 
 def check_maintenance(maintenance: bool) -> None:
@@ -278,18 +294,18 @@ def check_maintenance(maintenance: bool) -> None:
 
 
 class Key(NamedTuple):
-    """The customer and the permissions that belong to an API key, but not the key itself."""
+    """What an API key grants: to which customer, which types of call, and until when."""
 
     customer: str
-    calls: frozenset[str] | None = None  # the types of call that it may send; None permits all
-    expires: str | None = None  # when it becomes invalid, in the form that parse_time returns
+    calls: frozenset[str] | None = None  # the types of call that it permits; None permits all
+    expires: str | None = None  # when it expires, in the form that parse_time returns
 
 
 def find_key(authorization: str, keys: Mapping[str, Key]) -> Key:
-    """Return the customer and the permissions of the API key in an Authorization header.
+    """Return what the API key in an Authorization header grants.
 
-    Raises Refusal 401 if the header is missing or malformed, or if the API key is unknown. Keys are
-    stored and looked up by their digests, so no file contains an API key.
+    Raises Refusal 401 if the header is missing or malformed, or if the API key is unknown. `keys`
+    is indexed by digests, so an API key itself need not be stored anywhere.
     """
     key = keys.get(key_digest(authorization))
     if key is None:
@@ -300,8 +316,8 @@ def find_key(authorization: str, keys: Mapping[str, Key]) -> Key:
 def key_digest(authorization: str, /) -> str:
     """Return the SHA-256 digest of the API key in an Authorization header, in hexadecimal.
 
-    The credentials are the API key, a colon and an empty password, encoded in base64 (RFC 7617 §2).
-    Raises Refusal 401 if the header is missing, or if its credentials have any other form.
+    The header consists of `Basic` and the credentials: the API key, a colon and an empty password,
+    encoded in base64 (RFC 7617 §2). Raises Refusal 401 if it is missing or has any other form.
     """
     if not authorization:
         raise Refusal(401, "Missing Authorization header")
@@ -323,7 +339,7 @@ def key_digest(authorization: str, /) -> str:
 
 
 def decode_base64(text: str) -> bytes:
-    """Return the decoded bytes (RFC 4648 §4). Raises ValueError if it is not canonical base64.
+    """Decode base64 (RFC 4648 §4). Raises ValueError if the text is not in canonical form.
 
     Depending on its version, Python's decoder also accepts excess padding and non-zero trailing
     bits. Comparing the text with the encoded result rejects them in every version.
@@ -367,15 +383,15 @@ def check_body_headers(request: Request, max_body: int) -> None:
     """Raise Refusal unless the headers announce a JSON body of an acceptable length.
 
     The status is 411 if there is no Content-Length (as with a chunked body), 413 if the body is too
-    long, and 415 if it is declared as compressed, or as anything but JSON in UTF-8. A missing
-    Content-Type counts as application/json.
+    long, and 415 if its Content-Type is not JSON in UTF-8, or its Content-Encoding not `identity`.
+    A missing Content-Type counts as application/json.
     """
     if request.length is None:
         raise Refusal(411, "Missing Content-Length header")
     if request.length > max_body:
         raise Refusal(413, f"Body must be at most {max_body} bytes long")
     media_type = request.headers.get("content-type", "application/json")
-    if media_type != "application/json" and not JSON_TYPE.fullmatch(media_type):
+    if not JSON_TYPE.fullmatch(media_type):
         shown = short_repr(media_type)
         raise Refusal(415, f"Content-Type must be application/json in UTF-8, not {shown}")
     coding = request.headers.get("content-encoding", "identity")
@@ -390,14 +406,15 @@ def check_body_headers(request: Request, max_body: int) -> None:
 # are safe at this depth; at a few thousand levels, some of them crash the process.
 MAX_DEPTH = 500
 
-BATCH_MESSAGE = "Body must be a single call: one request carries one call, not a batch"
+BATCH_MESSAGE = "Body must be one call, not a batch"
 
 
 def parse_body(body: bytes) -> dict[str, Any]:
-    """Return the call in a body. Raises Refusal 400 if the body is not a JSON object.
+    """Return the call in a body.
 
-    Keys at every depth are converted to snake_case. At the top level, the fields of a call get the
-    protocol's names, however they were spelled. Values are not changed.
+    Keys at every depth are converted to snake_case. At the top level, the protocol's fields are
+    recognized regardless of case and separators. Values are not changed. Raises Refusal 400 if
+    `parse_json` does, or if the body is not an object.
     """
     raw = parse_json(body, "Body")
     if isinstance(raw, list):
@@ -410,8 +427,8 @@ def parse_body(body: bytes) -> dict[str, Any]:
 def parse_settings(encoded: str) -> dict[str, Any]:
     """Return the customer's settings from X-Segment-Settings: a JSON object, encoded in base64.
 
-    Its keys are converted to snake_case. An empty header, `null` and `[]` mean that there are no
-    settings. Raises Refusal 400 if the header is anything else.
+    Its keys are converted to snake_case. No header, an empty one, `null` and `[]` all mean that
+    there are no settings. Raises Refusal 400 for anything that is neither of these nor an object.
     """
     if not encoded:
         return {}
@@ -430,8 +447,13 @@ def parse_settings(encoded: str) -> dict[str, Any]:
 def parse_json(data: bytes, label: str) -> Any:
     """Return a JSON value (RFC 8259, in UTF-8) with its keys converted to snake_case.
 
-    If a key is repeated, its last value counts. A number without a fraction or exponent is an exact
-    integer; any other number is a double. Raises Refusal 400; its message begins with the label.
+    Objects keep their members in the order in which they were sent. If a key is repeated, its last
+    value counts. A number without a fraction or exponent is an exact integer; any other number is a
+    double.
+
+    Raises Refusal 400, with a message that begins with the label, if the data is not JSON. It also
+    refuses a byte-order mark, numbers that overflow a double, unpaired surrogates, and nesting
+    deeper than MAX_DEPTH.
     """
     try:
         text = data.decode()
@@ -446,22 +468,20 @@ def parse_json(data: bytes, label: str) -> Any:
         raise Refusal(400, f"{label} must be nested at most {MAX_DEPTH} levels deep")
     try:
         value = DECODER.decode(text)
-        if "\\" in text:
-            # An escape can produce an unpaired surrogate. If there is one, encode() raises.
-            json.dumps(value, ensure_ascii=False).encode()
+        if "\\" in text:  # only an escape can produce a surrogate
+            check_surrogates(value)
     except json.JSONDecodeError as error:
+        # The exact position depends on the parser; another implementation need not reproduce it.
         position = error.pos + 1
         raise Refusal(400, f"{label} must be JSON: syntax error at character {position}") from None
-    except UnicodeEncodeError:
-        raise Refusal(400, f"{label} must be JSON: unpaired surrogate") from None
-    except ValueError as error:
+    except ValueError as error:  # from one of the functions below
         raise Refusal(400, f"{label} must be JSON: {error}") from None
     return value
 
 
-# Matches what is not a structural bracket: either a whole string (even an unterminated one), as
-# brackets in a string do not count, or a run of other text. The possessive quantifiers keep the
-# time linear, whatever the text is.
+# Matches anything but a structural bracket: a whole string, even an unterminated one, because
+# brackets in strings do not count, or a run of other text. The possessive quantifiers never
+# backtrack, so the time is linear in the length of any text.
 NOT_A_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[^\[\]{}"]++', re.DOTALL)
 
 
@@ -476,6 +496,17 @@ def nesting_depth(text: str) -> int:
     return max(accumulate(steps, initial=0))
 
 
+def check_surrogates(value: Any) -> None:
+    """Raise ValueError if a text in a JSON value contains an unpaired surrogate.
+
+    Neither `encode` nor a database accepts one.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("unpaired surrogate") from None
+
+
 def parse_double(text: str) -> float:
     """Return a number as a double. Raises ValueError if it overflows."""
     value = float(text)
@@ -487,10 +518,10 @@ def parse_double(text: str) -> float:
 def parse_integer(text: str) -> int:
     """Return an exact integer. Raises ValueError if it would overflow a double.
 
-    Most JSON parsers read every number as a double, and would turn it into Infinity.
+    Many JSON parsers read every number as a double, and would turn such an integer into Infinity.
     """
-    if len(text) > 308:  # 308 digits cannot overflow a double
-        parse_double(text)
+    if len(text) > 308:  # a shorter one cannot overflow
+        parse_double(text)  # raises ValueError if this one does
     return int(text)
 
 
@@ -502,15 +533,17 @@ def refuse_constant(text: str) -> NoReturn:
 def snake_keys(members: dict[str, Any], /) -> dict[str, Any]:
     """Return an object with its keys in snake_case.
 
-    If several keys would get the same name, it goes to the key that was sent with exactly that
-    name, or else to the first. The others stay as they were sent, so nothing is lost.
+    If several keys would get the same name, the one that already has that name keeps it, or else
+    the first one gets it. The others stay as they were sent, so nothing is lost.
     """
-    used_names = set(members)
+    taken = set(members)
     renamed = {}
     for key, value in members.items():
         name = snake_case(key)
-        renamed[key if name in used_names else name] = value
-        used_names.add(name)
+        if name in taken:
+            name = key  # which is in snake_case already, or cannot have its new name
+        taken.add(name)
+        renamed[name] = value
     return renamed
 
 
@@ -519,15 +552,16 @@ def snake_case(key: str, /) -> str:
 
     A capital letter starts a new word if it follows a lower-case letter or a digit, or if it
     follows a capital and precedes a lower-case letter, as the P in `HTMLParser` does. A hyphen or a
-    space becomes an underscore.
+    space becomes an underscore. Letters and digits are those of Unicode.
     """
     result = ""
     # Each character with its neighbors; zip stops at the end of the key.
     for before, char, after in zip(" " + key, key, key[1:] + " ", strict=False):
-        starts_word = before.islower() or before.isdigit() or (before.isupper() and after.islower())
+        follows_word = before.islower() or before.isdigit()
+        ends_capitals = before.isupper() and after.islower()
         if char in " -":
             result += "_"
-        elif char.isupper() and starts_word:
+        elif char.isupper() and (follows_word or ends_capitals):
             result += "_" + char
         else:
             result += char
@@ -550,21 +584,20 @@ DECODER = make_decoder(snake_keys)
 def recognize_fields(raw: dict[str, Any]) -> dict[str, Any]:
     """Give the fields of a call the protocol's names, in place, and return the call.
 
-    The keys already are in snake_case. This finds the spellings that snake_case cannot split into
-    words, such as `userid`, by ignoring case, underscores, hyphens and spaces. If a field occurs in
-    several spellings, the protocol's own name counts, or else the first of the others; null counts
-    as missing.
+    This finds the spellings that `snake_keys` leaves, such as `userid`, by ignoring case,
+    underscores, hyphens and spaces. If a field occurs in several spellings, the protocol's own name
+    counts, or else the first of the others; null counts as missing. The rest keep their keys.
     """
-    unknown = [key for key in raw if key not in FIELDS]
-    for key in unknown:
-        name = FIELD_SPELLINGS.get(squash(key))
+    other_keys = [key for key in raw if key not in FIELD_CHECKS]
+    for key in other_keys:
+        name = FIELD_BY_SQUASHED_NAME.get(squash(key))
         if name and raw.get(name) is None:
             raw[name] = raw.pop(key)
     return raw
 
 
 def squash(key: str) -> str:
-    """Return a key in lower case, without underscores, hyphens and spaces."""
+    """Return a key in lower case, without underscores, hyphens or spaces."""
     return key.replace("_", "").replace("-", "").replace(" ", "").lower()
 
 
@@ -572,18 +605,18 @@ def squash(key: str) -> str:
 
 
 class CallType(NamedTuple):
-    """The arguments of the handler of one type of call, and the field that it requires."""
+    """What one type of call passes to its handler, and which field it must have."""
 
-    # The fields that a handler receives, in this order; its last argument is the Call itself. Any
-    # of these fields, except user_id, is ignored in a call of a type that does not have it here.
+    # The fields that the handler receives, in this order, followed by the Call itself. A field that
+    # is listed for some types only (all but user_id) is ignored in calls of the other types.
     arguments: tuple[str, ...]
 
-    # A field that must be present and not empty. Besides, every call must have a user_id or an
-    # anonymous_id.
+    # A field that must be present and not empty, or "" if there is none. In addition, every call
+    # must have a user_id or an anonymous_id.
     required: str = ""
 
 
-CALLS = {
+CALL_TYPES = {
     "identify": CallType(("user_id", "traits")),  # who is this?
     "track": CallType(("user_id", "event", "properties"), "event"),  # what are they doing?
     "page": CallType(("user_id", "name", "properties")),  # where are they doing it?
@@ -599,10 +632,10 @@ class Destination:
     """The base class of destinations, which handle calls.
 
     A subclass supports each type of call for which it defines a method. The method is called with
-    the arguments in CALLS and then the Call itself, for example `identify(user_id, traits, call)`;
-    the user_id is None for an anonymous visitor. It returns None for status 200, or
-    HTTPStatus.ACCEPTED for 202. It raises Refusal to refuse the call. Any other exception is
-    logged, and answered with 500.
+    the arguments in CALL_TYPES and then the Call itself, for example
+    `identify(user_id, traits, call)`; the user_id is None for an anonymous visitor. To acknowledge
+    the call, it returns None for status 200, or HTTPStatus.ACCEPTED for 202. To refuse the call, it
+    raises Refusal. Any other result or exception is logged, and answered with 500.
 
     Methods run in several threads at once; guard shared state.
     """
@@ -625,12 +658,11 @@ def find_handler(raw: Mapping[str, Any], destination: Destination) -> Callable[.
         raise Refusal(400, "Missing type")
     if not isinstance(call_type, str):
         raise Refusal(400, "type must be a string")
-    handler: Callable[..., Any] | None = None
-    if call_type in CALLS:
-        handler = getattr(destination, call_type, None)
+    # Other attributes of the destination, such as `close`, are not handlers.
+    handler = getattr(destination, call_type, None) if call_type in CALL_TYPES else None
     if handler is None:
         raise Refusal(501, f"Unsupported type {short_repr(call_type)}")
-    return handler
+    return handler  # type: ignore[no-any-return]
 
 
 def check_permission(key: Key, call_type: str) -> None:
@@ -641,32 +673,34 @@ def check_permission(key: Key, call_type: str) -> None:
 
 # ---- Rung 10: the fields -------------------------------------------------------------------------
 #
-# A 400 loses the call for good. So a call is refused only if it cannot be understood, or would be
-# misunderstood. Any other unexpected value is ignored, and stays in `raw` as it was sent.
+# A 400 loses the call for good. So an invalid field is a reason to refuse the call only if, without
+# the field, the call could not be understood or would be misunderstood. Any other invalid field is
+# ignored, and stays in `raw`.
 
 
 class Call:
-    """One call, after its fields have been checked.
+    """One call. `parse_call` makes it from the fields that it has checked.
 
-    A field keeps its default if the sender left it out or sent null, if it is an empty id or time,
-    if it is invalid but in TOLERATED, or if this type of call does not use it. `parse_call` then
-    fills in a missing message_id and timestamp. Times are text in UTC, such as
-    2026-01-15T09:41:07.250Z, which sorts chronologically.
+    A field has its default if it is missing, null, an empty id or time, not used by this type of
+    call, or invalid and in IGNORED_IF_INVALID. Times are text in UTC, in the form
+    2026-01-15T09:41:07.250Z; sorting this text sorts the times.
     """
 
-    type: str  # a key of CALLS
+    # Not a dataclass, because setting only those fields that are present takes less time.
+
+    type: str  # a key of CALL_TYPES
     user_id: str | None = None  # the customer's id for the user
     anonymous_id: str | None = None  # the id of a visitor; this or user_id is always present
     event: str | None = None  # track: what the user did
-    name: str | None = None  # page and screen: its name
+    name: str | None = None  # page: the name of the page; screen: the name of the screen
     group_id: str | None = None  # group: the customer's id for the group
     previous_id: str | None = None  # alias: the user's former id
     traits: dict[str, Any]  # identify: facts about the user; group: facts about the group
     properties: dict[str, Any]  # track, page and screen: details
     context: dict[str, Any]  # IP address, user agent, library, campaign, ...
     integrations: Any = None  # the other destinations that received the call
-    message_id: str = ""  # unique per call, and the same when the call is retried
-    timestamp: str = ""  # when it happened: order calls by this
+    message_id: str = ""  # unique per call, and the same in a retry, if the sender gave one
+    timestamp: str = ""  # when it happened, as well as is known: order calls by this
     sent_at: str | None = None  # when the client sent it
     received_at: str | None = None  # when Segment received it
     original_timestamp: str | None = None  # when it happened, by the client's own clock
@@ -676,7 +710,7 @@ class Call:
     settings: dict[str, Any]  # from X-Segment-Settings
     raw: dict[str, Any]  # the whole call, with its keys converted and its values as they were sent
     size: int  # of the body, in bytes
-    outcome: str | None = None  # a word for the log, such as "duplicate"; the destination sets it
+    outcome: str = ""  # a word for the log, such as "duplicate"; the destination may set it
 
     def __init__(
         self,
@@ -686,7 +720,7 @@ class Call:
         settings: dict[str, Any],
         size: int,
     ) -> None:
-        """Make a call in which all other fields have their defaults."""
+        """Make a call with these values, and with the defaults for all other fields."""
         self.type = call_type
         self.traits = {}
         self.properties = {}
@@ -700,10 +734,13 @@ class Call:
 def parse_call(
     raw: dict[str, Any], customer: str, settings: dict[str, Any], size: int, now: Clock
 ) -> Call:
-    """Return the call with its fields checked, and always with a timestamp and a message_id.
+    """Check the fields of `raw`, which has a supported type, and return them as a Call.
 
-    The size is that of the body, in bytes. Raises Refusal 400, naming the field, if a field is
-    invalid or a required field is missing.
+    The size is the length of the body in bytes. A missing timestamp is replaced by the
+    original_timestamp, the sent_at or the current time, and a missing message_id by a random one.
+
+    Raises Refusal 400, naming the field: the first one, in the order in which they were sent, that
+    is invalid and not in IGNORED_IF_INVALID, or else one that is required but missing.
     """
     call = Call(raw["type"], raw, customer, settings, size)
     checks = CHECKS_BY_TYPE[call.type]
@@ -711,13 +748,13 @@ def parse_call(
         if value is None or name not in checks:
             continue
         try:
-            checked = checks[name](value)  # None keeps the default
+            checked_value = checks[name](value)
         except ValueError as error:
-            if name not in TOLERATED:
-                raise Refusal(400, f"{name} {error}") from None
-        else:
-            if checked is not None:
-                setattr(call, name, checked)
+            if name in IGNORED_IF_INVALID:
+                continue
+            raise Refusal(400, f"{name} {error}") from None
+        if checked_value is not None:  # it is None for an empty id or time
+            setattr(call, name, checked_value)
 
     check_required(call)
     if not call.timestamp:
@@ -729,15 +766,17 @@ def parse_call(
 
 
 def check_required(call: Call) -> None:
-    """Raise Refusal 400 unless the call has a user, and the field that its type requires."""
-    if call.user_id is None and call.anonymous_id is None:
-        raise Refusal(400, "Missing user_id or anonymous_id")
-    required = CALLS[call.type].required
+    """Raise Refusal 400 if the field that the type requires is missing, or any id of a user."""
+    required = CALL_TYPES[call.type].required
     if required and not getattr(call, required):
         raise Refusal(400, f"Missing {required}")
+    if call.user_id is None and call.anonymous_id is None:
+        raise Refusal(400, "Missing user_id or anonymous_id")
 
 
-# The functions below raise a ValueError whose message continues a sentence: "user_id must be …".
+# The following functions, up to `parse_time`, return the value of a field in the form in which the
+# Call has it. For an invalid value, they raise a ValueError whose message continues a sentence:
+# "user_id must be …".
 
 
 def check_id(value: Any) -> str | None:
@@ -752,14 +791,14 @@ def check_id(value: Any) -> str | None:
 
 
 def check_string(value: Any) -> str:
-    """Return a string."""
+    """Return the value, which must be a string."""
     if isinstance(value, str):
         return value
     raise ValueError("must be a string")
 
 
 def check_object(value: Any) -> dict[str, Any]:
-    """Return an object. An empty array counts as an empty object: PHP encodes {} as []."""
+    """Return an object. An empty array counts as one, because PHP encodes an empty object as []."""
     if isinstance(value, dict):
         return value
     if value == []:
@@ -772,13 +811,14 @@ def check_time(value: Any) -> str | None:
     return None if value == "" else parse_time(value)
 
 
-def accept(value: Any) -> Any:
-    """Return any value."""
+def accept_anything(value: Any) -> Any:
+    """Return the value as it is."""
     return value
 
 
-# A calendar date in extended form, alone or with a time, and the time with or without a zone. The
-# grammar is narrower than ISO 8601, and stays the same in every version of Python.
+# A date such as 2026-01-15, perhaps with a time, and that perhaps with a zone: the common forms of
+# ISO 8601, and a space in place of the T. Without this check, the result would depend on Python's
+# version, because newer versions parse more forms.
 ISO_8601 = re.compile(
     r"""
     \d{4}-\d\d-\d\d
@@ -790,33 +830,37 @@ ISO_8601 = re.compile(
     re.VERBOSE | re.ASCII,
 )
 
-# The form that parse_time returns. Segment sends it too, so it is worth a shortcut.
+# The form that parse_time returns, and that Segment usually sends.
 UTC_TIME = re.compile(r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d\.\d{3}Z", re.ASCII)
 
 
 def parse_time(value: Any) -> str:
-    """Return a time as text in UTC, cut to milliseconds. A time without a zone is taken as UTC.
+    """Return a time as text in UTC, cut to milliseconds.
 
-    Raises ValueError if the value is not a string that matches ISO_8601, or not a real date in the
-    years 1 to 9999.
+    A date alone means midnight, and a time without a zone is taken to be in UTC. Raises ValueError
+    if the value is not a string that matches ISO_8601, if the date does not exist, or if the time
+    in UTC is not in the years 1 to 9999.
     """
+    message = "must be an ISO 8601 time"
+    if not isinstance(value, str):
+        raise ValueError(message)
+    has_final_form = UTC_TIME.fullmatch(value)
+    if not has_final_form and not ISO_8601.fullmatch(value):
+        raise ValueError(message)
     try:
-        if UTC_TIME.fullmatch(value):
-            datetime.fromisoformat(value)  # raises ValueError for February 30
-            return str(value)
-        if not ISO_8601.fullmatch(value):
-            raise ValueError
         moment = datetime.fromisoformat(value.upper())
+        if has_final_form:
+            return value
         if moment.tzinfo is not None:
             moment = moment.astimezone(UTC)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError("must be an ISO 8601 time") from None
+    except (ValueError, OverflowError):
+        raise ValueError(message) from None
     return moment.replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
 
 
-# The fields of a call, each with the function that checks it. That returns the value for the Call,
-# or None to keep the default.
-FIELDS: dict[str, Callable[[Any], Any]] = {
+# The fields of a call, each with the function that checks it. If the function returns None, the
+# Call keeps its default.
+FIELD_CHECKS: dict[str, Callable[[Any], Any]] = {
     "type": check_string,
     "user_id": check_id,
     "anonymous_id": check_id,
@@ -827,28 +871,28 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "traits": check_object,
     "properties": check_object,
     "context": check_object,
-    "integrations": accept,
+    "integrations": accept_anything,
     "message_id": check_id,
     "timestamp": check_time,
     "sent_at": check_time,
     "received_at": check_time,
     "original_timestamp": check_time,
-    "version": accept,
+    "version": accept_anything,
 }
-TOLERATED = {"context", "sent_at", "received_at", "original_timestamp"}  # ignored if invalid
-FIELD_SPELLINGS = {squash(name): name for name in FIELDS}
+IGNORED_IF_INVALID = {"context", "sent_at", "received_at", "original_timestamp"}
+FIELD_BY_SQUASHED_NAME = {squash(name): name for name in FIELD_CHECKS}
 
 # Fields that only some types use.
-TYPE_SPECIFIC = {name for spec in CALLS.values() for name in spec.arguments} - {"user_id"}
+TYPE_SPECIFIC = {name for spec in CALL_TYPES.values() for name in spec.arguments} - {"user_id"}
 
 # For each type of call, the checks of the fields that it uses.
 CHECKS_BY_TYPE = {
     call_type: {
         name: check
-        for name, check in FIELDS.items()
+        for name, check in FIELD_CHECKS.items()
         if name not in TYPE_SPECIFIC or name in spec.arguments
     }
-    for call_type, spec in CALLS.items()
+    for call_type, spec in CALL_TYPES.items()
 }
 
 
@@ -856,11 +900,11 @@ CHECKS_BY_TYPE = {
 
 
 def dispatch(handler: Callable[..., Any], call: Call) -> int:
-    """Call a handler, and return the status code: 200 if it returns None, or else its result.
+    """Call a handler, and return the status code: its result, or 200 if the result is None.
 
-    Raises TypeError if the result is not 200 or 202. Exceptions from the handler propagate.
+    Raises TypeError if the result is not None, 200 or 202. Exceptions of the handler propagate.
     """
-    arguments = [getattr(call, name) for name in CALLS[call.type].arguments]
+    arguments = [getattr(call, name) for name in CALL_TYPES[call.type].arguments]
     result = handler(*arguments, call)
     if result is None:
         return 200
@@ -871,18 +915,22 @@ def dispatch(handler: Callable[..., Any], call: Call) -> int:
 
 # ---- Speed ---------------------------------------------------------------------------------------
 #
-# A sender repeats itself: it has one API key, and the JSON objects in its calls have the same keys
-# again and again. This section caches what is computed from them. Deleting it would not change any
-# reply. It binds three names again: `key_digest` and `snake_case` to cached versions, `snake_keys`
-# to one that skips objects without keys to convert. The functions above look these names up when
-# they run, so they use the new versions, too. Their parameters are positional-only (`/`), because
-# the new versions take no keyword arguments.
+# Requests repeat themselves: the same few API keys arrive again and again, and so do the same keys
+# of JSON objects. This section caches what is computed from them. Deleting it would not change any
+# reply. It rebinds three names: `key_digest` and `snake_case` to cached versions, and `snake_keys`
+# to one that skips objects without keys to convert. `DECODER` must be made again, because it holds
+# the old `snake_keys`; all other functions look the names up when they run. The rebound functions
+# have positional-only parameters (`/`), because the new versions take no keyword arguments.
+
+MAX_CACHED_LENGTH = 100  # characters; longer texts could fill the memory
+MAX_CACHED_TEXTS = 4096
 
 
 class ShortTextCache(dict[str, str]):
-    """A cache of a function's results for short texts; long ones could fill the memory.
+    """A cache of a function's results for short texts, which is emptied when it is full.
 
-    Looking up a cached result costs less than calling a Python function.
+    Unlike with `functools.lru_cache`, long texts are left out. Threads may use it at the same time:
+    at worst, a result is computed twice. Like the server itself, it holds API keys in memory.
     """
 
     def __init__(self, function: Callable[[str], str]) -> None:
@@ -892,8 +940,8 @@ class ShortTextCache(dict[str, str]):
     def __missing__(self, text: str) -> str:
         """Compute a result that is not in the cache."""
         result = self.function(text)
-        if len(text) <= 100:
-            if len(self) >= 4096:
+        if len(text) <= MAX_CACHED_LENGTH:
+            if len(self) >= MAX_CACHED_TEXTS:
                 self.clear()
             self[text] = result
         return result
@@ -903,25 +951,30 @@ key_digest = ShortTextCache(key_digest).__getitem__
 snake_case = ShortTextCache(snake_case).__getitem__
 
 
-def with_shortcut(
+def skip_known_keys(
     convert: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return a version of `convert` that skips objects whose keys are all known snake_case."""
+    """Return a version of `convert` that remembers keys which need no conversion.
+
+    It returns an object unchanged if all its keys are known to be in snake_case.
+    """
     known: set[str] = set()
 
     def convert_unless_known(members: dict[str, Any], /) -> dict[str, Any]:
         if known.issuperset(members):
             return members
-        if len(known) >= 4096:
+        if len(known) + len(members) > MAX_CACHED_TEXTS:
             known.clear()
-        known.update(key for key in members if len(key) <= 100 and snake_case(key) == key)
+        for key in members:
+            if len(key) <= MAX_CACHED_LENGTH and snake_case(key) == key:
+                known.add(key)
         return convert(members)
 
     return convert_unless_known
 
 
-snake_keys = with_shortcut(snake_keys)
-DECODER = make_decoder(snake_keys)  # again, because the first one holds the uncached function
+snake_keys = skip_known_keys(snake_keys)
+DECODER = make_decoder(snake_keys)
 
 
 # ==================================================================================================
@@ -947,15 +1000,15 @@ class ConfigurationError(ValueError):
 
 
 class Outcome(StrEnum):
-    """What a GroupCommit did with a call. Every outcome is acknowledged with status 200."""
+    """What a GroupCommit did with a call, which is acknowledged with 200 in any case."""
 
     stored = "stored"
     duplicate = "duplicate"  # the customer sent a call with the same message_id before
     forgotten = "forgotten"  # the user asked to be forgotten at or after the time of the call
 
 
-class WaitingCall(NamedTuple):
-    """A call that a connection thread has handed to the writer."""
+class QueuedCall(NamedTuple):
+    """A call that waits for the writer, and the queue of one element for its result."""
 
     call: Call
     deadline: float  # monotonic time after which nobody waits for the result
@@ -963,86 +1016,105 @@ class WaitingCall(NamedTuple):
 
 
 class GroupCommit(Destination):
-    """A destination that stores, in one transaction, all calls that wait at the same moment.
+    """A destination that stores all calls that are waiting at the same moment in one transaction.
 
     Syncing to a disk or crossing a network costs about the same for one call as for fifty. So the
     connection threads only queue their calls, and a single thread, the writer, stores the batches.
 
-    A subclass implements `write`, and may implement `open` and `shut`; all three run on the writer.
-    Its constructor must call `super().__init__()`, and should not use the network. To support
-    another type of call, such as `screen`, define its method as `return self.submit(call)`.
+    A subclass implements `write`, and may implement `open` and `shut`; the writer calls all three.
+    If it has a constructor, that must call `super().__init__()`, and should leave connecting to
+    `open`, so that the receiver starts even if the database is down.
+
+    It supports identify, track, page, group and delete. To support another type, add its method:
+
+        def screen(self, user_id, name, properties, call):
+            self.submit(call)
     """
 
     def __init__(self) -> None:
-        """Prepare the queue. The first call starts the writer, after all constructors are done."""
+        """Prepare the queue. The first call that is submitted starts the writer."""
         self._is_open = False  # used by the writer only
         self._writer = threading.Thread(target=self._run, name="writer", daemon=True)
         self._changed = threading.Condition()  # guards the attributes below
-        self._waiting: list[WaitingCall] = []
-        self._waiting_bytes = 0
+        self._queue: list[QueuedCall] = []
+        self._queued_bytes = 0
         self._closing = False
 
     def write(self, calls: Sequence[Call]) -> Sequence[Outcome | Refusal]:
         """Store these calls in order, make them durable, and return the outcome of each.
 
         A Refusal in place of an outcome refuses that call alone. Raising a Refusal refuses the
-        whole batch: raise 503 if the database cannot be reached. After any other exception, each
-        call is written again on its own, so that one bad call does not fail the others. Roll back
-        the transaction before any exception leaves this method.
+        whole batch: raise one with status 503 if the database cannot be reached. After any other
+        exception, the calls of the batch are written again one by one, so that one bad call does
+        not fail the others; a call that fails alone is answered with 500. Roll back the transaction
+        before any exception leaves this method.
         """
         raise NotImplementedError
 
     def open(self) -> None:
         """Connect to the database, before the first `write`.
 
-        If this fails, it is called again for the next batch. Once it has succeeded it is not called
-        again, so `write` must reconnect by itself.
+        If it raises an exception, the batch is refused (with 503, unless the exception is another
+        Refusal), and the next batch tries again. Once it has succeeded it is not called again, so
+        `write` must reconnect if the connection is lost.
         """
 
     def shut(self) -> None:
         """Disconnect from the database, after the last `write`."""
 
     def submit(self, call: Call) -> None:
-        """Have the writer store a call, wait until it has done so, and set `call.outcome`.
+        """Hand a call to the writer, wait until it is stored, and set `call.outcome`.
 
-        Raises Refusal 503 if that takes longer than STORE_TIMEOUT (although the call may still be
-        stored), if too many calls or bytes wait, after `close`, or if the writer has failed.
-        Exceptions from `write` propagate.
+        Raises Refusal 503 if the call cannot be queued, or if storing it takes longer than
+        STORE_TIMEOUT, in which case it may still be stored. Raises a Refusal if `write` has refused
+        the call; any other exception that `write` has raised for this call propagates.
         """
-        waiting = WaitingCall(call, time.monotonic() + STORE_TIMEOUT, queue.SimpleQueue())
+        queued = QueuedCall(call, time.monotonic() + STORE_TIMEOUT, queue.SimpleQueue())
+        self._enqueue(queued)
+        try:
+            result = queued.result.get(timeout=STORE_TIMEOUT)
+        except queue.Empty:
+            raise Refusal(503, "The call could not be stored in time") from None
+
+        if isinstance(result, Refusal):
+            # The calls of a batch may share one Refusal. Each thread raises a copy, because raising
+            # an exception changes its traceback.
+            raise Refusal(result.status, result.message, result.headers)
+        if isinstance(result, Exception):  # belongs to this call alone
+            raise result
+        call.outcome = result
+
+    def _enqueue(self, queued: QueuedCall) -> None:
+        """Add a call to the queue. The first one starts the writer.
+
+        Raises Refusal 503 if the queue is full, if the destination has been closed, or if the
+        writer has failed.
+        """
         with self._changed:
             if self._closing:
                 raise Refusal(503, "Shutting down")
             if self.failed:
                 raise Refusal(503, "The call cannot be stored at the moment")
-            too_many = len(self._waiting) >= MAX_WAITING_CALLS
-            too_large = self._waiting_bytes + call.size > MAX_WAITING_BYTES
-            if too_many or (too_large and self._waiting):  # a single call of any size may wait
+            length = len(self._queue)
+            total_bytes = self._queued_bytes + queued.call.size
+            # An empty queue accepts a call of any size.
+            if length >= MAX_WAITING_CALLS or (length > 0 and total_bytes > MAX_WAITING_BYTES):
                 raise Refusal(503, "Too many calls are waiting to be stored")
-            self._waiting.append(waiting)
-            self._waiting_bytes += call.size
-            if self._writer.ident is None:
+            has_been_started = self._writer.ident is not None
+            if not has_been_started:
                 self._writer.start()
+            self._queue.append(queued)
+            self._queued_bytes = total_bytes
             self._changed.notify()
 
-        try:
-            result = waiting.result.get(timeout=max(0, waiting.deadline - time.monotonic()))
-        except queue.Empty:
-            raise Refusal(503, "The call could not be stored in time") from None
-        if isinstance(result, Refusal):  # several threads may share it, so each raises a copy
-            raise Refusal(result.status, result.message, result.headers)
-        if isinstance(result, Exception):
-            raise result
-        call.outcome = result
-
-    def _submit_call(self, *arguments: Any) -> None:
-        """Handle a call of any type: the whole call is the last argument."""
+    def _handle(self, *arguments: Any) -> None:
+        """Handle a call of any type: the Call itself is the last argument."""
         self.submit(arguments[-1])
 
-    identify = track = page = group = delete = _submit_call
+    identify = track = page = group = delete = _handle
 
     def close(self) -> None:
-        """Store the calls that wait, and end the writer. Gives up after STORE_TIMEOUT."""
+        """Store the calls that are still waiting, and end the writer within STORE_TIMEOUT."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -1050,7 +1122,10 @@ class GroupCommit(Destination):
             self._writer.join(STORE_TIMEOUT)
 
     def _run(self) -> None:
-        """Write one batch after another until `close` is called."""
+        """Run the writer: write batches until `close` is called and no calls wait; then disconnect.
+
+        Sets `failed` if an exception ends the writer earlier.
+        """
         try:
             while self._write_next_batch():
                 pass
@@ -1059,57 +1134,62 @@ class GroupCommit(Destination):
         except Exception:
             log.exception("The writer has failed")
         finally:
-            # Unless close() was called, an exception has ended the loop.
             self.failed = not self._closing
 
     def _write_next_batch(self) -> bool:
-        """Wait for calls and write them. Return False after `close`, once nothing waits.
+        """Wait for calls, and write those whose time has not run out.
 
-        When it returns, its variables release the batch, which would otherwise stay in memory
-        while the writer waits for the next one.
+        Returns False if `close` has been called and no calls wait. This is a separate method so
+        that its variables, and with them the batch, are freed before the writer waits again.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closing)
-            taken = self._waiting
-            self._waiting = []
-            self._waiting_bytes = 0
-        batch = [waiting for waiting in taken if time.monotonic() < waiting.deadline]
+            self._changed.wait_for(lambda: self._queue or self._closing)
+            all_queued = self._queue
+            self._queue = []
+            self._queued_bytes = 0
+        batch = [queued for queued in all_queued if time.monotonic() < queued.deadline]
         if batch:
-            results = self._write_batch([waiting.call for waiting in batch])
-            if results is None:
-                results = self._write_each(batch)
-            for waiting, result in zip(batch, results, strict=True):
-                waiting.result.put(result)
-        return bool(taken) or not self._closing
+            for queued, result in zip(batch, self._write_batch(batch), strict=True):
+                queued.result.put(result)
+        return bool(all_queued) or not self._closing
 
-    def _write_batch(self, calls: list[Call]) -> Sequence[Outcome | Exception] | None:
-        """Write these calls. Return their results, or None if they must be written one by one."""
+    def _write_batch(self, batch: list[QueuedCall]) -> Sequence[Outcome | Exception]:
+        """Write a batch, and return the result of each call, which may be an exception."""
+        refusal = None if self._is_open else self._try_to_open()
+        if refusal:
+            return [refusal] * len(batch)
         try:
-            if not self._is_open:
-                self.open()
-                self._is_open = True
-            outcomes = list(self.write(calls))
-        except Refusal as refusal:
-            return [refusal] * len(calls)
+            outcomes = list(self.write([queued.call for queued in batch]))
+        except Refusal as error:
+            return [error] * len(batch)
         except Exception as error:
-            if not self._is_open:
-                log.exception("The destination could not be opened")
-                return [Refusal(503, "The call cannot be stored at the moment")] * len(calls)
-            return [error] if len(calls) == 1 else None
-        if len(outcomes) != len(calls):
-            message = f"write returned {len(outcomes)} outcomes for {len(calls)} calls"
-            return [TypeError(message) for _ in calls]
+            return [error] if len(batch) == 1 else self._write_one_by_one(batch)
+        if len(outcomes) != len(batch):
+            message = f"write returned {len(outcomes)} outcomes for {len(batch)} calls"
+            return [TypeError(message) for _ in batch]
         return outcomes
 
-    def _write_each(self, batch: list[WaitingCall]) -> list[Outcome | Exception]:
-        """Write each call of a failed batch on its own, unless nobody waits for it any longer."""
+    def _write_one_by_one(self, batch: list[QueuedCall]) -> list[Outcome | Exception]:
+        """Write each call of a failed batch alone, unless its time has run out meanwhile."""
         results: list[Outcome | Exception] = []
-        for waiting in batch:
-            if time.monotonic() < waiting.deadline:
-                results += self._write_batch([waiting.call]) or []  # never None for one call
-            else:
+        for queued in batch:
+            if time.monotonic() < queued.deadline:
+                results += self._write_batch([queued])
+            else:  # nobody reads this result, but every call must have one
                 results.append(Refusal(503, "The call could not be stored in time"))
         return results
+
+    def _try_to_open(self) -> Refusal | None:
+        """Call `open`. If it fails, return the Refusal for the calls of the batch."""
+        try:
+            self.open()
+        except Refusal as refusal:
+            return refusal
+        except Exception:
+            log.exception("The destination could not be opened")
+            return Refusal(503, "The call cannot be stored at the moment")
+        self._is_open = True
+        return None
 
 
 # ---- The schema of the database ------------------------------------------------------------------
@@ -1127,15 +1207,15 @@ GROUP_ID = """case json_type(call, '$.group_id')
 def merged_traits(condition: str) -> str:
     """Return SQL for the merged traits of a user or an account, as one JSON object.
 
-    Each trait has its value from the newest call that contains it, which may be null; of equally
-    new calls, the last received one counts. The condition selects the calls of one user or account:
+    Each trait takes its value, which may be null, from the newest call that contains it; of equally
+    new calls, the one received last counts. The condition selects the calls of one user or account:
     in it, `c` is a call, and `owner` is the row of the surrounding query.
 
     `->` gives the JSON of a trait exactly as it was stored, but finds nothing if the name contains
     a quotation mark. In that case, `coalesce` falls back to the value from json_each, which may
-    round a number, or cut a text at NUL. A trait whose name contains NUL is left out, because
-    SQLite would cut the name. Without `materialized`, SQLite would sort a copy of the whole call
-    for each trait.
+    round a number, or truncate a string at NUL. A trait whose name contains NUL is left out,
+    because SQLite would truncate the name. Without `materialized`, SQLite would sort a copy of the
+    whole call for each trait.
     """
     return f"""(
     with trait_values as materialized (
@@ -1153,8 +1233,9 @@ def merged_traits(condition: str) -> str:
             c.rowid as arrival
         from calls as c, json_each(c.call, '$.traits') as trait
         where {condition}
-            and trait.key is not null -- traits that are null have one row, without a key
-            -- fullkey has NUL as \\u0000, and a backslash as two, which are removed first
+            and trait.key is not null -- if `traits` itself is null, it is one row without a key
+            -- In fullkey, NUL is \\u0000, and a backslash is doubled. Doubled backslashes are
+            -- removed first, so that a backslash before u0000 is not mistaken for NUL.
             and instr(replace(trait.fullkey, '\\\\', ''), '\\u0000') = 0
     )
     select json_group_object(name, json(value)) from (
@@ -1173,13 +1254,19 @@ ACCOUNT_TRAITS = merged_traits(
     f"{GROUP_ID} = owner.group_id and c.customer = owner.customer and c.type = 'group'"
 )
 
-COMMON_COLUMNS = """customer, message_id, user_id, anonymous_id, timestamp, received_at,
-    case json_type(call, '$.context') when 'object' then call -> '$.context' else '{}' end
-        as context"""
-TRAITS_COLUMN = """case json_type(call, '$.traits')
-        when 'object' then call -> '$.traits' else '{}' end as traits"""
-PROPERTIES_COLUMN = """case json_type(call, '$.properties')
-        when 'object' then call -> '$.properties' else '{}' end as properties"""
+
+def object_column(name: str) -> str:
+    """Return SQL for a field that is an object: {} if it is missing, or has another type."""
+    return f"""case json_type(call, '$.{name}')
+        when 'object' then call -> '$.{name}'
+        else '{{}}'
+    end as {name}"""
+
+
+COMMON_COLUMNS = f"""customer, message_id, user_id, anonymous_id, timestamp, received_at,
+    {object_column("context")}"""
+TRAITS_COLUMN = object_column("traits")
+PROPERTIES_COLUMN = object_column("properties")
 
 # `open_database` splits this text at semicolons, so no comment or string in it may contain one.
 SCHEMA = f"""
@@ -1189,7 +1276,7 @@ create table calls (
     type text not null,
     user_id text,
     anonymous_id text,
-    timestamp text not null, -- when the call happened, according to its sender
+    timestamp text not null, -- when the call happened, see Call.timestamp
     received_at text not null, -- when this receiver got it (in the JSON: when Segment got it)
     call text not null, -- the call as JSON, with its keys in snake_case
     primary key (customer, message_id)
@@ -1222,7 +1309,7 @@ create view accounts as
     from groups as owner
     group by group_id, customer;
 
--- Segment lists a destination publicly after it has met this condition.
+-- Segment lists a destination publicly after 10 customers or more than 20 million calls.
 create view private_beta as
     select count(distinct customer) as customers, count(*) as events,
         count(distinct customer) >= 10 or count(*) > 20000000 as fulfilled
@@ -1249,9 +1336,17 @@ DELETE_USER = """
     where customer = :customer and user_id = :user_id and type <> 'delete'
         and timestamp <= :timestamp"""
 
-# The fields of a `delete` call that are stored.
-DELETE_FIELDS = ["type", "user_id", "anonymous_id", "message_id", "timestamp"]
-DELETE_FIELDS += ["original_timestamp", "sent_at", "received_at"]
+# The fields of a `delete` call that are stored. Other fields could contain personal data.
+STORED_FIELDS_OF_DELETE = [
+    "type",
+    "user_id",
+    "anonymous_id",
+    "message_id",
+    "timestamp",
+    "original_timestamp",
+    "sent_at",
+    "received_at",
+]
 
 
 # ---- The default destination ---------------------------------------------------------------------
@@ -1260,8 +1355,8 @@ DELETE_FIELDS += ["original_timestamp", "sent_at", "received_at"]
 # waits, that of the batch before it and its own, so this must be less than half of STORE_TIMEOUT.
 LOCK_TIMEOUT = 2.0
 
-# SQLite copies its write-ahead log (WAL) into the database when it has this many pages of 4 KiB,
-# and cuts it to that size again after a long-running reader has made it grow.
+# Once the write-ahead log (WAL) has this many pages of 4 KiB, SQLite copies it into the database.
+# If a long-running reader makes the WAL grow larger, SQLite truncates it to this size later.
 WAL_PAGES = 4000
 WAL_BYTES = WAL_PAGES * 4096
 
@@ -1269,18 +1364,18 @@ to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def call_row(call: Call) -> dict[str, str | None]:
-    """Return the columns of the row in which a database stores a call.
+    """Return the row that stores a call, as values by the names of their columns.
 
-    Of a `delete` call, only type, ids and times are stored, because other fields might contain
-    personal data. A timestamp in the future is replaced by the current time, or the delete would
-    also forget calls that the user makes after it.
+    For a `delete` call, only the type, the ids and the times are stored. If its timestamp is in the
+    future, the column `timestamp` has the current time instead, because the delete would otherwise
+    also remove calls that are made after it.
     """
     received_at = utc_now()
     timestamp = call.timestamp
     stored = call.raw
     if call.type == "delete":
         timestamp = min(timestamp, received_at)
-        fields = {name: getattr(call, name) for name in DELETE_FIELDS}
+        fields = {name: getattr(call, name) for name in STORED_FIELDS_OF_DELETE}
         stored = {name: value for name, value in fields.items() if value}
     return {
         "customer": call.customer,
@@ -1298,15 +1393,16 @@ class Store(GroupCommit):
     """The default destination: every call becomes a row in an SQLite database.
 
     A row is synced to disk before its call is acknowledged. A duplicate is acknowledged, but not
-    stored. A delete removes the user's calls up to its own timestamp; such calls that arrive
-    later are acknowledged, but not stored.
+    stored. A delete removes the user's calls up to its own timestamp. If a call from before that
+    time arrives after the delete, it is acknowledged, but not stored.
     """
 
     def __init__(self, path: str | os.PathLike[str] = "calls.db") -> None:
         """Open the database, or create it with mode 0600.
 
-        This happens here and not in `open`, so that a mistake is reported at the start. If the
-        database cannot be used, raises ConfigurationError and leaves an existing file unchanged.
+        This happens here and not in `open`, so that a mistake is reported when the receiver starts.
+        Raises ConfigurationError if the database cannot be used; an existing file is then left
+        unchanged.
         """
         super().__init__()
         name = os.fspath(path)
@@ -1317,17 +1413,21 @@ class Store(GroupCommit):
             raise ConfigurationError(f"{name}: {reason}") from None
         self._path = os.path.abspath(name)
         self._identity = file_identity(self._path)
-        self._truncate_pending = True  # deleted data may remain in the WAL from an earlier run
+        self._truncate_pending = True  # an earlier run may have left deleted data in the WAL
 
     def write(self, calls: Sequence[Call]) -> Sequence[Outcome | Refusal]:
-        """Store these calls in one transaction."""
+        """Store these calls in one transaction, and return their outcomes.
+
+        Raises Refusal 503 if the database is locked, full or read-only, or if the file was deleted
+        or replaced. Other errors of SQLite propagate.
+        """
         try:
             with self._db:  # commits at the end, or rolls back after an exception
                 self._db.execute("begin immediate")
                 if file_identity(self._path) != self._identity:
-                    raise sqlite3.OperationalError("the file was deleted or replaced")
+                    raise OSError("the file was deleted or replaced")
                 outcomes = [self._store(call) for call in calls]
-        except sqlite3.OperationalError as error:  # locked, full, read-only, ...
+        except (OSError, sqlite3.OperationalError) as error:
             log.error("Cannot store calls (%d) in %s: %s", len(calls), self._path, error)
             raise Refusal(503, "The call cannot be stored at the moment") from None
         if self._truncate_pending:
@@ -1335,13 +1435,13 @@ class Store(GroupCommit):
         return outcomes
 
     def close(self) -> None:
-        """Store the calls that wait, and close the database."""
+        """Store the calls that are still waiting, and close the database."""
         super().close()
-        if not self._writer.is_alive():  # a writer that hangs would make this hang, too
+        if not self._writer.is_alive():  # while the writer hangs, closing would hang, too
             self._db.close()
 
     def _store(self, call: Call) -> Outcome:
-        """Insert a call. If it is a delete, also remove the calls that it forgets."""
+        """Insert a call, and return its outcome. A delete also removes the user's older calls."""
         row = call_row(call)
         if self._db.execute(INSERT_CALL, row).rowcount:
             if call.type == "delete":
@@ -1354,8 +1454,8 @@ class Store(GroupCommit):
     def _truncate_wal(self) -> None:
         """Remove deleted data from the WAL, unless a reader still uses it.
 
-        Waiting for the reader would hold up calls. So this is tried again after every batch until
-        it succeeds; closing the last connection removes the WAL, too.
+        Waiting for the reader would hold up calls. Instead, `write` tries again after every batch.
+        If no other batch follows, closing the database removes the WAL.
         """
         with contextlib.suppress(sqlite3.Error):
             self._db.execute("pragma busy_timeout = 0")
@@ -1367,23 +1467,28 @@ class Store(GroupCommit):
 def open_database(path: str) -> sqlite3.Connection:
     """Return a connection to the database, which is created if it does not exist.
 
-    Raises ConfigurationError if the file belongs to another program or version, OSError or
-    sqlite3.Error if it cannot be opened.
+    Raises ConfigurationError if SQLite is too old, or if `check_database_file` does. Raises OSError
+    or sqlite3.Error if the file cannot be opened.
     """
     if sqlite3.sqlite_version_info < (3, 38):
         raise ConfigurationError(f"SQLite must be 3.38 or newer, not {sqlite3.sqlite_version}")
     check_database_file(path)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite would create it with 0644
+    # If the file is missing, create it here, because SQLite would create it with mode 0644.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    os.close(descriptor)
     db = sqlite3.connect(
-        os.path.abspath(path), timeout=LOCK_TIMEOUT, isolation_level=None, check_same_thread=False
+        os.path.abspath(path),
+        timeout=LOCK_TIMEOUT,
+        isolation_level=None,  # transactions begin only where the code says `begin`
+        check_same_thread=False,  # the writer uses the connection, and another thread closes it
     )
     try:
-        # Create the schema before switching to WAL mode, so that the header of the file identifies
-        # this program even after a crash in between. If another receiver is doing the same, the
-        # lock makes one of the two wait.
+        # Create the schema before switching to WAL mode. In WAL mode, it would be only in the WAL
+        # at first, and after a crash, the header of the file would not identify this program.
         with db:
-            db.execute("begin immediate")
-            if db.execute("pragma user_version").fetchone() == (0,):
+            db.execute("begin immediate")  # if another receiver is doing the same, wait for it
+            schema_version = db.execute("pragma user_version").fetchone()[0]
+            if schema_version == 0:
                 for statement in SCHEMA.split(";"):
                     db.execute(statement)
         db.execute("pragma journal_mode = wal")
@@ -1399,10 +1504,11 @@ def open_database(path: str) -> sqlite3.Connection:
 
 
 def check_database_file(path: str) -> None:
-    """Raise ConfigurationError if the file is not a database of calls.
+    """Raise ConfigurationError unless the path can be used for a database of calls.
 
-    A missing or empty file is fine. This reads the header directly, because merely opening a file
-    with SQLite can change it.
+    It must name such a database, with the current schema, or else a missing or empty file without a
+    WAL beside it. This reads the header directly, because merely opening a file with SQLite can
+    change it. Raises OSError if the file cannot be read.
     """
     if not path:
         raise ConfigurationError("the name of the database must not be empty")
@@ -1417,6 +1523,7 @@ def check_database_file(path: str) -> None:
             message = f"{wal} exists, but {path} is missing or empty"
             raise ConfigurationError(f"{message}; restore {path}, or move the -wal file away")
         return
+    # For these offsets, see https://sqlite.org/fileformat2.html#the_database_header.
     application_id = int.from_bytes(header[68:72])
     schema_version = int.from_bytes(header[60:64])
     if header[:16] != b"SQLite format 3\0" or application_id != APPLICATION_ID:
@@ -1426,8 +1533,11 @@ def check_database_file(path: str) -> None:
         raise ConfigurationError(f"{path}: {message}")
 
 
+# ---- Files and time ------------------------------------------------------------------------------
+
+
 def file_identity(path: str) -> tuple[int, int] | None:
-    """Return the device and inode of a file, or None if it does not exist."""
+    """Return the device and inode of a file, or None if it cannot be accessed."""
     try:
         status = os.stat(path)
     except OSError:
@@ -1436,10 +1546,11 @@ def file_identity(path: str) -> tuple[int, int] | None:
 
 
 def read_regular_file(path: str) -> bytes:
-    """Return the content of a regular file. Raises OSError or ConfigurationError.
+    """Return the content of a regular file.
 
-    It opens the file without blocking and checks it afterwards, so that not even a FIFO that has
-    just taken its place can block the caller.
+    The file is opened without blocking and checked afterwards, so that a FIFO cannot block the
+    caller, even if it takes the place of the file at the last moment. Raises ConfigurationError if
+    it is not a regular file, and OSError if it cannot be read.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
@@ -1454,7 +1565,7 @@ def read_regular_file(path: str) -> bytes:
 def check_regular_file(path: str) -> None:
     """Raise ConfigurationError unless the path names a regular file.
 
-    Opening a FIFO would block forever.
+    Call this before a library opens the file, because opening a FIFO would block forever.
     """
     try:
         mode = os.stat(path).st_mode
@@ -1466,7 +1577,7 @@ def check_regular_file(path: str) -> None:
 
 @lru_cache(maxsize=1)
 def utc_second(second: int) -> str:
-    """Format a Unix time in whole seconds, without a zone. Cached for the lines of the log."""
+    """Format a Unix time as 2026-01-15T09:41:07. Cached, because many log lines share a second."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
@@ -1479,9 +1590,9 @@ def utc_now() -> str:
 # ==================================================================================================
 # Part 3. The server
 #
-# HTTP/1.1 over TLS, built on `socketserver` and `ssl`, with one thread per connection. Sockets
-# block, which is simple and fast. Instead of a timeout for each read, every connection has a
-# deadline. Once it has passed, the accept thread hangs up, even if bytes are still trickling in.
+# HTTP/1.1 and 1.0 over TLS, built on `socketserver` and `ssl`, with one thread per connection.
+# Sockets block, which is simple and fast. Instead of a timeout for each read, every connection has
+# a deadline. Once it has passed, the accept thread hangs up, even if bytes are still trickling in.
 # ==================================================================================================
 
 # ---- Rung 1: the head of a request ---------------------------------------------------------------
@@ -1500,8 +1611,8 @@ ABSOLUTE_FORM = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]+")  # RFC 9112 §3
 HEADER_LINE = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)")  # RFC 9112 §5, without folding
 BARE_LF = re.compile(rb"(?<!\r)\n")  # RFC 9112 §2.2
 
-# Headers that must not be repeated, because two programs could pick different values. Only an
-# identical Content-Type is an exception.
+# Headers that must not be repeated, because two programs could pick different values. Only a
+# Content-Type may be, if its value is identical.
 SINGLETON_HEADERS = {"host", "content-length", "content-type", "authorization"}
 
 
@@ -1510,16 +1621,17 @@ class Head(NamedTuple):
 
     method: str
     target: str
-    headers: Mapping[str, str]  # without Content-Length
+    headers: Mapping[str, str]  # names in lower case, values stripped; without Content-Length
     keep_alive: bool  # whether another request may follow on the connection
     expects_continue: bool  # whether the client waits for "100 Continue" before it sends the body
-    length: int | None  # the Content-Length in bytes; with_head_cache replaces this last field
+    length: int | None  # the Content-Length in bytes; None if the header is missing
 
 
 def parse_head(head: str, /) -> Head:
-    """Parse the head of a request: its lines, without the empty line that ends it.
+    """Parse the head of a request, as text in Latin-1 without the empty line that ends it.
 
-    Raises Refusal 400, 414, 431 or 505 if it is malformed, too long, or of an unsupported version.
+    Raises Refusal 400 if it is malformed, 414 if the target is too long, 431 if there are too many
+    headers, and 505 if the version of HTTP is not supported.
     """
     request_line, *header_lines = head.split("\r\n")
     parts = REQUEST_LINE.fullmatch(request_line)
@@ -1528,7 +1640,7 @@ def parse_head(head: str, /) -> Head:
     method, target, major, minor = parts.groups()
     if len(target) > MAX_TARGET:
         raise Refusal(414, f"Request target must be at most {MAX_TARGET} bytes long")
-    if major != "1":
+    if major != "1":  # versions after 1.1 must be compatible with it (RFC 9110 §2.5)
         raise Refusal(505, "HTTP version must be 1.1 or 1.0")
 
     headers = parse_headers(header_lines)
@@ -1536,24 +1648,30 @@ def parse_head(head: str, /) -> Head:
     if "host" not in headers and not is_http_1_0:
         raise Refusal(400, "Missing Host header")
     length = parse_length(headers.pop("content-length", None))
-    has_transfer_coding = "transfer-encoding" in headers
+    has_transfer_coding = "transfer-encoding" in headers  # alone, it leads to 411 on rung 6
     if length is not None and has_transfer_coding:  # the classic way to smuggle a request
         raise Refusal(400, "Transfer-Encoding and Content-Length must not be combined")
 
-    options = [option.strip(" \t") for option in headers.get("connection", "").lower().split(",")]
+    connection = headers.get("connection", "").lower()
+    options = [option.strip(" \t") for option in connection.split(",")]
     wants_keep_alive = "keep-alive" in options or not is_http_1_0
     # In these cases, the bytes that follow on the connection might not be an HTTP request.
-    is_uncertain = method == "CONNECT" or "upgrade" in headers or has_transfer_coding
-    keep_alive = wants_keep_alive and "close" not in options and not is_uncertain
-    expects_continue = headers.get("expect", "").lower() == "100-continue" and not is_http_1_0
-    return Head(method, origin_form(target), headers, keep_alive, expects_continue, length)
+    is_last_request = method == "CONNECT" or "upgrade" in headers or has_transfer_coding
+    return Head(
+        method=method,
+        target=origin_form(target),
+        headers=headers,
+        keep_alive=wants_keep_alive and "close" not in options and not is_last_request,
+        expects_continue=headers.get("expect", "").lower() == "100-continue" and not is_http_1_0,
+        length=length,
+    )
 
 
 def parse_headers(lines: list[str]) -> dict[str, str]:
     """Return the headers by their names in lower case. Repeated headers are joined (RFC 9110 §5.3).
 
-    Raises Refusal 400 if a line is malformed or a header is wrongly repeated, and Refusal 431 if
-    there are too many lines.
+    Raises Refusal 400 if a line is malformed, or if a header is repeated that must not be, and
+    Refusal 431 if there are too many lines.
     """
     if len(lines) > MAX_HEADERS:
         raise Refusal(431, f"Request must have at most {MAX_HEADERS} header lines")
@@ -1575,14 +1693,18 @@ def parse_headers(lines: list[str]) -> dict[str, str]:
 
 
 def parse_length(text: str | None) -> int | None:
-    """Return a Content-Length in bytes (RFC 9110 §8.6). Raises Refusal 400."""
+    """Return a Content-Length in bytes (RFC 9110 §8.6), or None if the header is missing.
+
+    A number of more than 19 digits is cut to 19, which is still beyond any limit. Raises Refusal
+    400 if the text does not consist of digits.
+    """
     if text is None:
         return None
     if not (text.isascii() and text.isdigit()):  # int() would accept a sign and underscores
         raise Refusal(
             400, f"Content-Length must be an integer without a sign, not {short_repr(text)}"
         )
-    digits = text.lstrip("0")[:19]  # 19 digits exceed any limit; int() is slow on thousands
+    digits = text.lstrip("0")[:19]  # int() raises ValueError for thousands of digits
     return int(digits or "0")
 
 
@@ -1607,14 +1729,16 @@ def with_head_cache(parse: Callable[[str], Head]) -> Callable[[str], Head]:
     """Wrap `parse_head` in a cache that ignores the Content-Length."""
     cached_parse = lru_cache(maxsize=64)(parse)
 
+    @wraps(parse)
     def parse_cached(head: str, /) -> Head:
         before, name, after = head.partition("\r\nContent-Length: ")
         digits, line_end, rest = after.partition("\r\n")
-        # A long head would need much memory. Unusual digits need the full check.
+        # A long head would take too much memory. Without a plain number in this spelling of the
+        # header, the result depends on more than the rest of the head.
         if len(head) > 2000 or len(digits) > 9 or not (digits.isascii() and digits.isdigit()):
             return parse(head)
         cached = cached_parse(f"{before}{name}0{line_end}{rest}")
-        return Head(*cached[:-1], length=int(digits))
+        return cached._replace(length=int(digits))
 
     return parse_cached
 
@@ -1625,7 +1749,7 @@ parse_head = with_head_cache(parse_head)
 # ---- One connection ------------------------------------------------------------------------------
 
 RECEIVE_SIZE = 16_384  # bytes; a TLS record holds at most this many
-LINGER = 2.0  # seconds for a client to read the last reply
+LINGER = 2.0  # seconds to send a last reply after hanging up, and for the client to read it
 PLAIN_HTTP = re.compile(rb"[A-Z]+ ")  # a TLS connection never begins like this
 REASON_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
@@ -1640,35 +1764,41 @@ class Connection(BaseRequestHandler):
     """One connection, from the TLS handshake to the last reply, handled in a separate thread.
 
     Other threads use the attributes that are marked as shared; see the table in the section "All
-    connections". The deadline, after which the accept thread hangs up, depends on what happens:
+    connections". After its deadline, the accept thread hangs up. The deadline depends on what the
+    connection is doing (`timeout` and `keep_alive` are options of the server):
 
-        handshake and first request     `timeout` after the connection was accepted
-        waiting for another request     `keep_alive` after the last reply
-        a later request                 `timeout` after its first byte
-        a handler runs                  none; the request is complete
-        sending and discarding          `timeout` after the reply was made
+        handshake and first request             `timeout` after the connection was accepted
+        waiting for another request             `keep_alive` after the last reply
+        receiving a later request               `timeout` after its first byte
+        running the handler                     none; the request is complete
+        sending the reply, discarding a body    `timeout` after the reply was made
+        after `hang_up`                         LINGER after that
+        in `drain`                              none; it ends by itself
     """
 
     server: Server
 
     def setup(self) -> None:
-        """Prepare the connection, and make it known to the server."""
+        """Prepare the connection, and make it known to the server.
+
+        Raises OSError if the client has already disconnected.
+        """
         self.accepted_at = time.monotonic()  # shared
         self.deadline = self.accepted_at + self.server.options.timeout  # shared
         self.idle_since: float | None = None  # shared; when it began to wait for another request
-        self.head_received = False  # shared; whether any request has had a complete head
+        self.has_received_head = False  # shared; whether any request has had a complete head
         self.has_replied = False
         self.hung_up = False  # shared; whether the server has shut down reading
         self.evicted = False  # shared; whether the server has hung up to make room
 
-        self.close_connection = False  # whether no other request can follow
+        self.close_connection = False  # whether to close it after the current request
         self.method = ""  # of the current request, once it is known
         self.buffer = bytearray()  # received, but not yet processed
         self.body_left = 0  # bytes of the current body that are not yet processed
         self.expects_continue = False
 
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        # Without this, the kernel would keep an unread reply for many minutes.
+        # Without this, the kernel would try for many minutes to send a reply to a dead client.
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             milliseconds = int(self.server.options.timeout * 1000)
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
@@ -1678,21 +1808,24 @@ class Connection(BaseRequestHandler):
         self.server.connections.add(self)
 
     def handle(self) -> None:
-        """Do the TLS handshake, and then handle one request after another."""
+        """Do the TLS handshake, and then handle one request after another.
+
+        A client that speaks plain HTTP is refused. Raises OSError if the handshake fails.
+        """
         try:
-            # Calling recv() of the plain socket bypasses TLS. The methods below do the same.
-            opening = socket.socket.recv(self.tls, 8, socket.MSG_PEEK)
-            if PLAIN_HTTP.match(opening):
-                self.refuse_plain_http(opening)
+            # Methods that are called like this, as `socket.socket.recv`, bypass TLS.
+            first_bytes = socket.socket.recv(self.tls, 8, socket.MSG_PEEK)
+            if PLAIN_HTTP.match(first_bytes):
+                self.refuse_plain_http(first_bytes)
                 return
-            if not opening:
+            if not first_bytes:
                 return  # the client has only probed the port
             self.tls.do_handshake()
         except OSError:
             if self.hung_up:
-                return  # the server has hung up: no reply is possible, and a log line not needed
+                return  # no reply is possible, and no log line is needed
             raise
-        with contextlib.suppress(OSError):  # the connection is broken
+        with contextlib.suppress(OSError):  # a broken connection ends the loop
             while not self.close_connection:
                 self.handle_request()
 
@@ -1707,14 +1840,14 @@ class Connection(BaseRequestHandler):
     # -- Requests --
 
     def handle_request(self) -> None:
-        """Handle one request. Set `close_connection` if no other request can follow."""
+        """Handle one request. Raises OSError if the connection breaks."""
         self.close_connection = True  # unless the request turns out to be well-formed
         if not self.wait_for_request():
             return
         started = time.monotonic()
         reply = self.make_reply()
-        if self.evicted and not self.head_received:
-            return  # there was no request yet, only a part of its head
+        if self.evicted and not self.has_received_head:
+            return  # only a part of a head had arrived: end without a reply or a log line
 
         self.server.log_request(reply, time.monotonic() - started)
         self.close_connection = self.close_connection or self.must_close(reply)
@@ -1742,25 +1875,29 @@ class Connection(BaseRequestHandler):
         try:
             request = self.read_request()
         except Refusal as refusal:
+            # Even if the head is incomplete, the reply to a HEAD request must not have a body.
             if not self.method and self.buffer.startswith(b"HEAD "):
-                self.method = "HEAD"  # not even this reply may have a body
+                self.method = "HEAD"
             return error_reply(refusal)
         return answer(request, self.server.endpoint, utc_now)
 
     def must_close(self, reply: Reply) -> bool:
-        """Return whether the connection must close after this reply."""
-        length_is_unknown = reply.status == 411
-        # A client that waits for "100 Continue" may never send the body.
-        body_may_not_follow = self.expects_continue and self.body_left > 0
+        """Return whether the connection must close after this reply, whatever the head has said."""
+        end_is_unknown = reply.status == 411  # nothing tells where the body ends
+        # A client that waits for "100 Continue" may send the body after all, or the next request.
+        continuation_is_unknown = self.expects_continue and self.body_left > 0
         too_long_to_discard = self.body_left > self.server.options.max_body
-        if length_is_unknown or body_may_not_follow or too_long_to_discard:
+        if end_is_unknown or continuation_is_unknown or too_long_to_discard:
             return True
         return self.hung_up or self.server.stopping
 
     def read_request(self) -> Request:
-        """Return the next request, whose body is not read yet. Raises Refusal."""
+        """Return the next request, with its body unread, and remember what its head announces.
+
+        Raises Refusal if the head is malformed, or does not arrive.
+        """
         text = self.read_head()
-        self.head_received = True
+        self.has_received_head = True
         self.method = text.partition(" ")[0]
         head = parse_head(text)
         self.close_connection = not head.keep_alive
@@ -1771,13 +1908,13 @@ class Connection(BaseRequestHandler):
     def read_head(self) -> str:
         """Return the head of a request.
 
-        Raises Refusal as soon as the head is too long or contains a bare line feed, or if the
-        connection ends before the head is complete.
+        While it is incomplete, it is checked by `check_partial_head`; once it is complete,
+        `parse_head` will check it. Raises Refusal if it is refused, or does not arrive.
         """
         resume_at = 0  # where the search for the end of the head resumes
         while (end := self.buffer.find(b"\r\n\r\n", resume_at)) < 0:
             check_partial_head(self.buffer, resume_at)
-            resume_at = max(0, len(self.buffer) - 3)
+            resume_at = max(0, len(self.buffer) - 3)  # a part of the end may have arrived
             self.receive("Request head")
         if end > MAX_HEAD:
             raise Refusal(431, f"Request head must be at most {MAX_HEAD} bytes long")
@@ -1788,10 +1925,10 @@ class Connection(BaseRequestHandler):
     def read_body(self) -> bytes:
         """Return the body, and remove the deadline, because the client has done its part.
 
-        Raises Refusal 408, 400 or 503 if the connection ends before the body does.
+        Raises Refusal if the body does not arrive: see `receive`.
         """
         if self.expects_continue and self.body_left and not self.buffer:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # if the connection is broken, receive() reports it
                 self.tls.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         while len(self.buffer) < self.body_left:
             self.receive("Body")
@@ -1814,11 +1951,16 @@ class Connection(BaseRequestHandler):
             self.body_left -= dropped
 
     def receive(self, label: str) -> None:
-        """Add received bytes to the buffer. Raises Refusal if the connection ends instead."""
+        """Add received bytes to the buffer.
+
+        If the connection ends instead, raises Refusal 408 (the deadline has passed), 503 (the
+        server stops, or needs the connection slot) or 400 (the client has disconnected). The label
+        says what is missing then.
+        """
         received = b""
         with contextlib.suppress(OSError):
             received = self.tls.recv(RECEIVE_SIZE)
-        if received and not self.hung_up:
+        if received and not self.hung_up:  # after that, the bytes are too late
             self.buffer += received
             return
         self.close_connection = True
@@ -1836,21 +1978,22 @@ class Connection(BaseRequestHandler):
     def send(self, reply: Reply) -> None:
         """Send a reply."""
         message = render_message(reply, self.close_connection, self.method == "HEAD")
-        while message:  # SSLSocket.sendall() would add a measurable overhead
+        while message:  # SSLSocket.sendall() would add measurable overhead
             message = message[self.tls.send(message) :]
 
-    def refuse_plain_http(self, opening: bytes) -> None:
+    def refuse_plain_http(self, first_bytes: bytes) -> None:
         """Tell a client that speaks plain HTTP to use HTTPS."""
         reply = error_reply(Refusal(400, "This port speaks HTTPS; use https://"))
         self.server.log_request(reply, 0)
-        message = render_message(reply, close=True, head_only=opening.startswith(b"HEAD "))
+        message = render_message(reply, close=True, head_only=first_bytes.startswith(b"HEAD "))
         socket.socket.sendall(self.tls, message)
 
     def drain(self) -> None:
         """Let the client read the last reply before the connection closes.
 
         Closing with unread input sends a reset, which could destroy the reply before the client has
-        read it. So shut down the sending side, and read until the client closes, too.
+        read it. So shut down the sending side, and read until the client closes, too, but not for
+        longer than LINGER.
         """
         end = time.monotonic() + LINGER
         self.deadline = math.inf  # this method ends by itself
@@ -1865,6 +2008,13 @@ class Connection(BaseRequestHandler):
 
     # -- Deadlines --
 
+    def is_interruptible(self) -> bool:
+        """Return whether the server may hang up at once. Called by other threads.
+
+        It may if no request has begun. A client whose first head is incomplete can connect again.
+        """
+        return self.idle_since is not None or not self.has_received_head
+
     def set_deadline(self, seconds: float) -> None:
         """Set the deadline to this many seconds from now; after `hang_up`, to LINGER seconds."""
         self.deadline = time.monotonic() + seconds
@@ -1872,10 +2022,11 @@ class Connection(BaseRequestHandler):
             self.deadline = time.monotonic() + LINGER
 
     def hang_up(self) -> None:
-        """Shut down reading, so that the connection's own thread wakes up. Called by other threads.
+        """Make the thread of this connection end. Called by other threads.
 
-        That thread can still send a last reply; a second call shuts down writing, too. This uses
-        the plain socket, because two threads must not use the TLS object at the same time.
+        Shutting down reading wakes that thread up, which has LINGER seconds to send a last reply.
+        If it takes longer, the accept thread calls this again, which shuts down writing, too. This
+        uses the plain socket, because two threads must not use the TLS object at the same time.
         """
         how = socket.SHUT_RDWR if self.hung_up else socket.SHUT_RD
         self.hung_up = True
@@ -1885,7 +2036,7 @@ class Connection(BaseRequestHandler):
 
 
 def check_partial_head(buffer: bytearray, resume_at: int) -> None:
-    """Raise Refusal if an incomplete head is too long, or contains a bare line feed.
+    """Raise Refusal if an incomplete head has a bare line feed (400) or is too long (414, 431).
 
     The search for line feeds starts at `resume_at`; earlier bytes were searched before.
     """
@@ -1908,7 +2059,7 @@ def render(reply: Reply) -> tuple[str, Mapping[str, str], bytes]:
 
 
 def render_message(reply: Reply, close: bool, head_only: bool) -> bytes:
-    """Return a reply as an HTTP message. The reply to a HEAD request has no body."""
+    """Return a reply as an HTTP message; with `head_only`, only the head of that message."""
     status, headers, body = render(reply)
     lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
     connection = "close" if close else "keep-alive"
@@ -2054,8 +2205,8 @@ def parse_call_types(names: Any) -> frozenset[str]:
     if not isinstance(names, list):
         raise ValueError("must be an array")
     for name in names:
-        if not isinstance(name, str) or name not in CALLS:
-            known = ", ".join(CALLS)
+        if not isinstance(name, str) or name not in CALL_TYPES:
+            known = ", ".join(CALL_TYPES)
             raise ValueError(f"must contain only {known}, not {short_repr(name)}")
     return frozenset(names)
 
@@ -2215,8 +2366,8 @@ def json_or_repr(value: object) -> str:
 #   Connection.deadline          its thread and hang_up()    accept thread: it may hang up on a
 #                                                            request that is complete at this very
 #                                                            moment; then the sender retries
-#   Connection.idle_since,       its thread                  accept thread and stop(): they may hang
-#     .head_received                                         up on a connection that has just become
+#   Connection.idle_since and    its thread                  accept thread and stop(): they may hang
+#     .has_received_head                                     up on a connection that has just become
 #                                                            busy; then the sender retries
 #   Connection.accepted_at       its thread, once            accept thread
 #   Connection.hung_up           accept thread and stop()    its thread, accept thread and stop()
@@ -2225,7 +2376,7 @@ def json_or_repr(value: object) -> str:
 # GroupCommit and LogBuffer have locks, and `connection_slots` is a semaphore.
 
 NEWCOMER_AGE = 1.0  # seconds; a younger connection that has not sent a head is not evicted
-SHUTDOWN_GRACE = 2.5  # seconds for requests in flight
+SHUTDOWN_GRACE = 2.0  # seconds for requests in flight
 REPLY_GRACE = 0.5  # seconds for the last replies after that
 
 # Errors of accept() if this process or the system has run out of resources.
@@ -2411,29 +2562,34 @@ class Server(ThreadingTCPServer):
     def stop(self) -> None:
         """Stop accepting connections, finish the requests in flight, and close the destination.
 
-        This takes at most the sum of SHUTDOWN_GRACE, REPLY_GRACE, a second each for the accept
-        thread and for the log, and the time that the destination needs to close. Further calls do
-        nothing.
+        Requests that take longer than SHUTDOWN_GRACE are answered with 503 if they have not arrived
+        completely; connections that still exist after REPLY_GRACE are abandoned. Further calls of
+        this method do nothing.
         """
         if self.stopping:
             return
         self.stopping = True
-        self.shutdown()
+        self.shutdown()  # waits until the accept thread has left its loop
         self.server_close()
-        grace_ends = time.monotonic() + SHUTDOWN_GRACE
-        while self.connections and time.monotonic() < grace_ends + REPLY_GRACE:
-            is_late = time.monotonic() > grace_ends
-            for connection in list(self.connections):
-                # A client whose first head is still incomplete can retry on another connection.
-                has_no_request = connection.idle_since is not None or not connection.head_received
-                if not connection.hung_up and (is_late or has_no_request):
-                    connection.hang_up()
-            time.sleep(0.01)
+        self._hang_up_connections(Connection.is_interruptible, SHUTDOWN_GRACE)
+        self._hang_up_connections(lambda connection: True, REPLY_GRACE)
         try:
             self.endpoint.destination.close()
         except Exception:
             log.exception("The destination could not be closed")
         self.log.close()
+
+    def _hang_up_connections(self, applies: Callable[[Connection], bool], seconds: float) -> None:
+        """Hang up on the connections to which the condition applies, or comes to apply.
+
+        Returns when no connection is left, or after this many seconds.
+        """
+        end = time.monotonic() + seconds
+        while self.connections and time.monotonic() < end:
+            for connection in list(self.connections):
+                if not connection.hung_up and applies(connection):
+                    connection.hang_up()
+            time.sleep(0.01)  # short compared with the time limits
 
     def __exit__(self, *_: object) -> None:
         """Stop."""
@@ -2454,7 +2610,7 @@ def least_useful(connections: list[Connection], now: float) -> Connection | None
             continue
         if idle_since is not None:
             idle.append((idle_since, connection))
-        elif not connection.head_received and now - connection.accepted_at > NEWCOMER_AGE:
+        elif not connection.has_received_head and now - connection.accepted_at > NEWCOMER_AGE:
             silent.append((connection.accepted_at, connection))
     oldest = min(idle or silent, key=lambda candidate: candidate[0], default=None)
     return oldest[1] if oldest else None

@@ -995,7 +995,7 @@ def test_a_type_with_a_method_is_supported() -> None:
 
 
 def test_the_store_supports_the_original_four_types_and_delete() -> None:
-    supported = {name for name in receiver.CALLS if hasattr(receiver.Store, name)}
+    supported = {name for name in receiver.CALL_TYPES if hasattr(receiver.Store, name)}
     assert supported == {"identify", "track", "page", "group", "delete"}
 
 
@@ -1058,20 +1058,20 @@ NOT_A_TIME = ["now", 7, True, {}, [NOW], f"{NOW}\n", "٢٠٢٦-01-15", "2026-01-
 
 # A field, values that are invalid, and the types of call that refuse them.
 INVALID: dict[str, tuple[list[Any], list[str]]] = {
-    "user_id": (NOT_AN_ID, list(receiver.CALLS)),
-    "anonymous_id": (NOT_AN_ID, list(receiver.CALLS)),
-    "message_id": (NOT_AN_ID, list(receiver.CALLS)),
+    "user_id": (NOT_AN_ID, list(receiver.CALL_TYPES)),
+    "anonymous_id": (NOT_AN_ID, list(receiver.CALL_TYPES)),
+    "message_id": (NOT_AN_ID, list(receiver.CALL_TYPES)),
     "group_id": (NOT_AN_ID, ["group"]),
     "previous_id": (NOT_AN_ID, ["alias"]),
     "event": (NOT_TEXT, ["track"]),
     "name": (NOT_TEXT, ["page", "screen"]),
     "traits": (NOT_AN_OBJECT, ["identify", "group"]),
     "properties": (NOT_AN_OBJECT, ["track", "page", "screen"]),
-    "timestamp": (NOT_A_TIME, list(receiver.CALLS)),
+    "timestamp": (NOT_A_TIME, list(receiver.CALL_TYPES)),
 }
 
 
-@pytest.mark.parametrize("call_type", receiver.CALLS)
+@pytest.mark.parametrize("call_type", receiver.CALL_TYPES)
 @pytest.mark.parametrize("field", INVALID)
 def test_an_invalid_field_is_400_in_the_types_that_use_it_and_ignored_elsewhere(
     field: str, call_type: str
@@ -1251,7 +1251,7 @@ def send_batch(
     replies = []
     for number, message_id in enumerate(message_ids, 1):
         replies.append(pool.submit(send_track, batches, message_id))
-        wait_until(lambda number=number: len(batches._waiting) == number)  # type: ignore[misc]
+        wait_until(lambda number=number: len(batches._queue) == number)  # type: ignore[misc]
     batches.go_on.set()
     assert first.result().status == 200
     return [reply.result() for reply in replies]
@@ -1381,7 +1381,7 @@ def test_no_call_of_a_failed_batch_is_written_again_after_its_time(
     batches.faults["poisoned"] = ZeroDivisionError("no")
     monkeypatch.setattr(receiver, "STORE_TIMEOUT", 1.0)
     late = [pool.submit(send_track, batches, name) for name in ("a", "poisoned")]
-    wait_until(lambda: len(batches._waiting) == 2)
+    wait_until(lambda: len(batches._queue) == 2)
     batches.go_on.set()
     batches.go_on.clear()
     wait_until(lambda: len(batches.batches) == 2)
@@ -1407,7 +1407,7 @@ def test_at_most_1000_calls_wait(
     wait_until(lambda: batches.batches)
     for number in range(2):
         accepted.append(pool.submit(send_track, batches, f"m{number}"))
-        wait_until(lambda number=number: len(batches._waiting) == number + 1)  # type: ignore[misc]
+        wait_until(lambda number=number: len(batches._queue) == number + 1)  # type: ignore[misc]
     assert send_track(batches, "one too many").status == 503
     batches.go_on.set()
     assert {reply.result().status for reply in accepted} == {200}
@@ -1422,7 +1422,7 @@ def test_at_most_16_mb_of_bodies_wait_but_a_single_longer_one_may(
     accepted = [pool.submit(send_track, batches, "first")]
     wait_until(lambda: batches.batches)
     accepted.append(pool.submit(send_track, batches, "long", note="x" * 1000))
-    wait_until(lambda: batches._waiting)
+    wait_until(lambda: batches._queue)
     assert send_track(batches, "one too many").status == 503
     batches.go_on.set()
     assert {reply.result().status for reply in accepted} == {200}
@@ -1455,7 +1455,7 @@ def test_close_writes_what_was_accepted(batches: Batches, pool: ThreadPoolExecut
     replies = [pool.submit(send_track, batches, "a")]
     wait_until(lambda: batches.batches)
     replies.append(pool.submit(send_track, batches, "b"))
-    wait_until(lambda: batches._waiting)
+    wait_until(lambda: batches._queue)
     closing = pool.submit(batches.close)
     wait_until(lambda: batches._closing)
     assert send_track(batches, "too late").status == 503
@@ -2061,7 +2061,7 @@ def test_many_calls_waiting_at_once_share_one_transaction(
         first = pool.submit(store.save, user_id="u0")
         wait_until(lambda: "begin immediate" in statements)
         others = [pool.submit(store.save, user_id=f"u{number}") for number in range(1, 12)]
-        wait_until(lambda: len(store._waiting) == 11)
+        wait_until(lambda: len(store._queue) == 11)
     assert {reply.result().status for reply in [first, *others]} == {200}
     assert [text.lower() for text in statements].count("commit") == 2
 
@@ -2080,7 +2080,7 @@ def test_a_call_that_the_database_cannot_hold_fails_alone(
         first = pool.submit(store.save, user_id="u0")
         wait_until(lambda: "begin immediate" in statements)
         others = [pool.submit(store.save, user_id=f"u{number}") for number in range(1, 12)]
-        wait_until(lambda: len(store._waiting) == 11)
+        wait_until(lambda: len(store._queue) == 11)
     assert first.result().status == 200
     assert [reply.result().status for reply in others] == [200] * 5 + [500] + [200] * 5
     assert store.select("count(*) from calls") == [(11,)]
@@ -2652,12 +2652,12 @@ def test_the_fixtures_hold_the_three_demo_keys() -> None:
 
 
 def test_an_entry_may_have_calls_and_expires() -> None:
-    entry = {**ENTRY, "calls": list(receiver.CALLS), "expires": "2027-01-01T01:00:00+01:00"}
-    expected = receiver.Key("Acme", frozenset(receiver.CALLS), "2027-01-01T00:00:00.000Z")
+    entry = {**ENTRY, "calls": list(receiver.CALL_TYPES), "expires": "2027-01-01T01:00:00+01:00"}
+    expected = receiver.Key("Acme", frozenset(receiver.CALL_TYPES), "2027-01-01T00:00:00.000Z")
     assert receiver.parse_keys([entry]) == {"0" * 64: expected}
 
 
-CALLS_LIST = ", ".join(receiver.CALLS)
+CALLS_LIST = ", ".join(receiver.CALL_TYPES)
 
 
 @cases(
@@ -5141,7 +5141,7 @@ FAULTS: dict[str, tuple[Fault, list[str]]] = {
     ),
     "the scheme is ignored": (
         accepts(lambda p: p.headers.get("authorization", "").startswith("Bearer")),
-        ["another scheme than Basic is answered 401"],
+        ["a scheme other than Basic is answered 401"],
     ),
     "the scheme is compared exactly": (
         refuses(lambda p: not p.headers["authorization"].startswith("Basic"), 401),
@@ -6474,8 +6474,8 @@ def test_of_a_batch_only_the_call_with_an_id_too_long_for_an_index_is_refused(
                 good = [pool.submit(post_to, running.url, message_id=f"m{n}") for n in range(1, 6)]
                 bad = pool.submit(post_to, running.url, **{"message_id": "bad", field: too_long})
                 destination: Any = running.endpoint.destination
-                waiting = destination._waiting
-                wait_until(lambda: len(destination._waiting) == 6)
+                waiting = destination._queue
+                wait_until(lambda: len(destination._queue) == 6)
                 assert waiting is destination._waiting  # they are one batch
             assert [each.result() for each in [blocked, *good]] == [200] * 6
             assert bad.result() == 400
