@@ -13,20 +13,22 @@ customers, and forwards each call to your endpoint in an HTTPS request:
 
     {"type": "track", "user_id": "u1", "event": "Signed Up", "message_id": "m1"}
 
-The credentials are the customer's API key, a colon and an empty password, in base64: here,
-`segment:`. Segment documents the keys of the JSON object in snake_case, but also sends other
-casings. In this file, the sender is whatever program sends these requests; it need not be Segment.
+You have given your customer an API key. The credentials are this key, a colon and an empty
+password, in base64: here, `segment:`. Segment documents the keys of the JSON object in snake_case,
+but also sends other casings. In this file, the sender is whatever program sends these requests; it
+need not be Segment.
 
 Segment acts on the status code of the reply, which it expects within about five seconds:
 
-    200 and 202                                delivered, and forgotten by Segment
+    200 and 202                                delivered; Segment keeps no copy
     408, 429, 5xx except 501 and 505           retried for about four hours
     no reply                                   retried for about four hours
     501, 505 and all other 4xx                 dropped for good
 
-Use no other status code; a redirect, in particular, would not be followed. A reply of 200 or 202
-has no body. An error reply may have a JSON object as its body, with the Content-Type
-application/json; Segment shows its message to the customer:
+202 means that the call is stored, but not yet processed. Use no other status code; in particular,
+Segment does not follow redirects. A reply of 200 or 202 to a call has no body. An error reply may
+have a JSON object as its body. If its Content-Type is application/json, Segment shows the `message`
+in it to the customer:
 
     {"message": "Missing user_id or anonymous_id"}
 
@@ -101,9 +103,9 @@ __version__ = "2.0"
 # This part decides how each request is answered. It does no I/O of its own: it opens no sockets or
 # files, and starts no threads; the body and the time reach it through functions that it is given.
 #
-# To implement the protocol in another language, translate this part, and `parse_head` in Part 3
-# with the functions that it calls. Then test the result with the requests in fixtures/accepted.json
-# and fixtures/refused.json, whose format README explains.
+# To implement the protocol in another language, translate this part, together with `parse_head`
+# from Part 3 and the functions that it calls. Then test the result with the requests in
+# fixtures/accepted.json and fixtures/refused.json. README.md explains their format.
 # ==================================================================================================
 
 # ---- Requests, replies and refusals --------------------------------------------------------------
@@ -135,10 +137,10 @@ class Reply(NamedTuple):
     status: int
     body: Mapping[str, str] = {}  # sent as a JSON object; an empty body is not sent
     headers: Mapping[str, str] = {}
-    customer: str = ""  # the one to whom the API key belongs, once that is known
+    customer: str = ""  # the owner of the API key, once known
     raw: Mapping[str, Any] = {}  # the whole call, once it has been parsed; see Call.raw
     outcome: str = ""  # what the destination did with the call, such as "duplicate"
-    error: Exception | None = None  # the error behind a 500, unless it is a Refusal
+    error: Exception | None = None  # the exception behind a 500 that no Refusal asked for
 
 
 class Refusal(Exception):  # noqa: N818 - a normal answer, not an error in the program
@@ -206,7 +208,7 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
     implement the rungs follow in the same order; rung 1, which parses the head of the request, is
     `parse_head` in Part 3. The health check needs no API key, so it is answered before rung 5.
 
-    Every Exception becomes a reply: a Refusal becomes the reply that it asks for, and any other one
+    Every Exception becomes a reply: a Refusal becomes the reply that it asks for; any other becomes
     a 500. Only exceptions that do not derive from Exception, such as KeyboardInterrupt, propagate.
     """
     headers = request.headers
@@ -245,7 +247,7 @@ def error_reply(error: Exception) -> Reply:
 
     Any other exception, or a Refusal whose status is invalid, becomes a 500 without details.
     """
-    # A subclass may set its attributes to anything, even its headers to None.
+    # A subclass may have an invalid status, a message that is not a string, or no headers.
     if isinstance(error, Refusal) and error.status in range(400, 600):
         headers = {**STATUS_HEADERS.get(error.status, {}), **(error.headers or {})}
         return Reply(int(error.status), {"message": str(error.message)}, headers)
@@ -294,7 +296,7 @@ def check_maintenance(maintenance: bool) -> None:
 
 
 class Key(NamedTuple):
-    """What an API key grants: to which customer, which types of call, and until when."""
+    """The rights of an API key: whose it is, which types of call it permits, and until when."""
 
     customer: str
     calls: frozenset[str] | None = None  # the types of call that it permits; None permits all
@@ -302,10 +304,10 @@ class Key(NamedTuple):
 
 
 def find_key(authorization: str, keys: Mapping[str, Key]) -> Key:
-    """Return what the API key in an Authorization header grants.
+    """Return the rights of the API key in an Authorization header.
 
-    Raises Refusal 401 if the header is missing or malformed, or if the API key is unknown. `keys`
-    is indexed by digests, so an API key itself need not be stored anywhere.
+    Raises Refusal 401 if the header is missing or malformed, or if the API key is unknown, as one
+    that was revoked is. `keys` is indexed by digests, so no API key need be stored anywhere.
     """
     key = keys.get(key_digest(authorization))
     if key is None:
@@ -342,7 +344,7 @@ def decode_base64(text: str) -> bytes:
     """Decode base64 (RFC 4648 §4). Raises ValueError if the text is not in canonical form.
 
     Depending on its version, Python's decoder also accepts excess padding and non-zero trailing
-    bits. Comparing the text with the encoded result rejects them in every version.
+    bits. Encoding the result again, and comparing it with the text, rejects them in every version.
     """
     decoded = base64.b64decode(text, validate=True)
     if base64.b64encode(decoded).decode() != text:
@@ -383,7 +385,7 @@ def check_body_headers(request: Request, max_body: int) -> None:
     """Raise Refusal unless the headers announce a JSON body of an acceptable length.
 
     The status is 411 if there is no Content-Length (as with a chunked body), 413 if the body is too
-    long, and 415 if its Content-Type is not JSON in UTF-8, or its Content-Encoding not `identity`.
+    long, and 415 if its Content-Type is not JSON in UTF-8, or its Content-Encoding is not identity.
     A missing Content-Type counts as application/json.
     """
     if request.length is None:
@@ -406,6 +408,8 @@ def check_body_headers(request: Request, max_body: int) -> None:
 # are safe at this depth; at a few thousand levels, some of them crash the process.
 MAX_DEPTH = 500
 
+# Analytics SDKs post batches to Segment. Segment forwards single calls, because one status code
+# could not say which calls of a batch to retry.
 BATCH_MESSAGE = "Body must be one call, not a batch"
 
 
@@ -428,7 +432,7 @@ def parse_settings(encoded: str) -> dict[str, Any]:
     """Return the customer's settings from X-Segment-Settings: a JSON object, encoded in base64.
 
     Its keys are converted to snake_case. No header, an empty one, `null` and `[]` all mean that
-    there are no settings. Raises Refusal 400 for anything that is neither of these nor an object.
+    there are no settings. Raises Refusal 400 for anything else that is not an object.
     """
     if not encoded:
         return {}
@@ -479,9 +483,9 @@ def parse_json(data: bytes, label: str) -> Any:
     return value
 
 
-# Matches anything but a structural bracket: a whole string, even an unterminated one, because
-# brackets in strings do not count, or a run of other text. The possessive quantifiers never
-# backtrack, so the time is linear in the length of any text.
+# Matches text without structural brackets: either a whole string (even an unterminated one), whose
+# brackets do not count, or a run of other characters. The possessive quantifiers never backtrack,
+# so the time is linear in the length of any text.
 NOT_A_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[^\[\]{}"]++', re.DOTALL)
 
 
@@ -497,7 +501,7 @@ def nesting_depth(text: str) -> int:
 
 
 def check_surrogates(value: Any) -> None:
-    """Raise ValueError if a text in a JSON value contains an unpaired surrogate.
+    """Raise ValueError if a string in a JSON value contains an unpaired surrogate.
 
     Neither `encode` nor a database accepts one.
     """
@@ -521,7 +525,7 @@ def parse_integer(text: str) -> int:
     Many JSON parsers read every number as a double, and would turn such an integer into Infinity.
     """
     if len(text) > 308:  # a shorter one cannot overflow
-        parse_double(text)  # raises ValueError if this one does
+        parse_double(text)  # raises ValueError if this one overflows
     return int(text)
 
 
@@ -541,7 +545,7 @@ def snake_keys(members: dict[str, Any], /) -> dict[str, Any]:
     for key, value in members.items():
         name = snake_case(key)
         if name in taken:
-            name = key  # which is in snake_case already, or cannot have its new name
+            name = key  # either it is in snake_case already, or its new name is taken
         taken.add(name)
         renamed[name] = value
     return renamed
@@ -582,11 +586,12 @@ DECODER = make_decoder(snake_keys)
 
 
 def recognize_fields(raw: dict[str, Any]) -> dict[str, Any]:
-    """Give the fields of a call the protocol's names, in place, and return the call.
+    """Rename the fields of a call to the protocol's names, in place, and return the call.
 
     This finds the spellings that `snake_keys` leaves, such as `userid`, by ignoring case,
     underscores, hyphens and spaces. If a field occurs in several spellings, the protocol's own name
-    counts, or else the first of the others; null counts as missing. The rest keep their keys.
+    wins, or else the first of the others; a field that is null never wins. The others keep their
+    keys. A field that is renamed moves to the end.
     """
     other_keys = [key for key in raw if key not in FIELD_CHECKS]
     for key in other_keys:
@@ -607,8 +612,8 @@ def squash(key: str) -> str:
 class CallType(NamedTuple):
     """What one type of call passes to its handler, and which field it must have."""
 
-    # The fields that the handler receives, in this order, followed by the Call itself. A field that
-    # is listed for some types only (all but user_id) is ignored in calls of the other types.
+    # The fields that the handler receives, in this order, followed by the Call itself. Each field
+    # that is listed for any type, except user_id, is ignored in calls of types that do not list it.
     arguments: tuple[str, ...]
 
     # A field that must be present and not empty, or "" if there is none. In addition, every call
@@ -634,8 +639,8 @@ class Destination:
     A subclass supports each type of call for which it defines a method. The method is called with
     the arguments in CALL_TYPES and then the Call itself, for example
     `identify(user_id, traits, call)`; the user_id is None for an anonymous visitor. To acknowledge
-    the call, it returns None for status 200, or HTTPStatus.ACCEPTED for 202. To refuse the call, it
-    raises Refusal. Any other result or exception is logged, and answered with 500.
+    the call, it returns None or 200 for status 200, or 202 (HTTPStatus.ACCEPTED) for 202. To refuse
+    the call, it raises Refusal. Any other result or exception is logged, and answered with 500.
 
     Methods run in several threads at once; guard shared state.
     """
@@ -652,7 +657,7 @@ def find_handler(raw: Mapping[str, Any], destination: Destination) -> Callable[.
     Raises Refusal 400 if the type is missing or not a string, and 501 if it is not supported.
     """
     call_type = raw.get("type")
-    if call_type is None and "batch" in raw:  # what analytics SDKs send to Segment
+    if call_type is None and "batch" in raw:
         raise Refusal(400, BATCH_MESSAGE)
     if call_type is None:
         raise Refusal(400, "Missing type")
@@ -679,10 +684,11 @@ def check_permission(key: Key, call_type: str) -> None:
 
 
 class Call:
-    """One call. `parse_call` makes it from the fields that it has checked.
+    """One call, made by `parse_call` from the fields that it has checked.
 
-    A field has its default if it is missing, null, an empty id or time, not used by this type of
-    call, or invalid and in IGNORED_IF_INVALID. Times are text in UTC, in the form
+    A field keeps its default if it is missing or null, if it is an id or a time and empty, if this
+    type of call does not use it, or if it is invalid and in IGNORED_IF_INVALID. `parse_call` then
+    fills in the message_id and the timestamp. Times are text in UTC, in the form
     2026-01-15T09:41:07.250Z; sorting this text sorts the times.
     """
 
@@ -699,8 +705,8 @@ class Call:
     properties: dict[str, Any]  # track, page and screen: details
     context: dict[str, Any]  # IP address, user agent, library, campaign, ...
     integrations: Any = None  # the other destinations that received the call
-    message_id: str = ""  # unique per call, and the same in a retry, if the sender gave one
-    timestamp: str = ""  # when it happened, as well as is known: order calls by this
+    message_id: str = ""  # unique per call; the same in a retry only if the sender gave one
+    timestamp: str = ""  # the best estimate of when it happened; order calls by this
     sent_at: str | None = None  # when the client sent it
     received_at: str | None = None  # when Segment received it
     original_timestamp: str | None = None  # when it happened, by the client's own clock
@@ -739,8 +745,8 @@ def parse_call(
     The size is the length of the body in bytes. A missing timestamp is replaced by the
     original_timestamp, the sent_at or the current time, and a missing message_id by a random one.
 
-    Raises Refusal 400, naming the field: the first one, in the order in which they were sent, that
-    is invalid and not in IGNORED_IF_INVALID, or else one that is required but missing.
+    Raises Refusal 400, with the name of the field at fault: the first one in the order of `raw`
+    that is invalid and not in IGNORED_IF_INVALID, or else a required field that is missing.
     """
     call = Call(raw["type"], raw, customer, settings, size)
     checks = CHECKS_BY_TYPE[call.type]
@@ -766,7 +772,7 @@ def parse_call(
 
 
 def check_required(call: Call) -> None:
-    """Raise Refusal 400 if the field that the type requires is missing, or any id of a user."""
+    """Raise Refusal 400 unless the call has its required field, and a user_id or anonymous_id."""
     required = CALL_TYPES[call.type].required
     if required and not getattr(call, required):
         raise Refusal(400, f"Missing {required}")
@@ -774,8 +780,8 @@ def check_required(call: Call) -> None:
         raise Refusal(400, "Missing user_id or anonymous_id")
 
 
-# The following functions, up to `parse_time`, return the value of a field in the form in which the
-# Call has it. For an invalid value, they raise a ValueError whose message continues a sentence:
+# The following functions, up to `parse_time`, return the value of a field as it is stored in the
+# Call. For an invalid value, they raise a ValueError whose message follows the field's name, as in
 # "user_id must be …".
 
 
@@ -798,7 +804,7 @@ def check_string(value: Any) -> str:
 
 
 def check_object(value: Any) -> dict[str, Any]:
-    """Return an object. An empty array counts as one, because PHP encodes an empty object as []."""
+    """Return an object. PHP encodes an empty associative array as [], so that is an object, too."""
     if isinstance(value, dict):
         return value
     if value == []:
@@ -816,9 +822,9 @@ def accept_anything(value: Any) -> Any:
     return value
 
 
-# A date such as 2026-01-15, perhaps with a time, and that perhaps with a zone: the common forms of
-# ISO 8601, and a space in place of the T. Without this check, the result would depend on Python's
-# version, because newer versions parse more forms.
+# A date such as 2026-01-15, optionally followed by a time, and the time by a zone. These are the
+# common forms of ISO 8601; a space may replace the T. Without this check, the result would depend
+# on Python's version, because newer versions parse more forms.
 ISO_8601 = re.compile(
     r"""
     \d{4}-\d\d-\d\d
@@ -917,9 +923,9 @@ def dispatch(handler: Callable[..., Any], call: Call) -> int:
 #
 # Requests repeat themselves: the same few API keys arrive again and again, and so do the same keys
 # of JSON objects. This section caches what is computed from them. Deleting it would not change any
-# reply. It rebinds three names: `key_digest` and `snake_case` to cached versions, and `snake_keys`
-# to one that skips objects without keys to convert. `DECODER` must be made again, because it holds
-# the old `snake_keys`; all other functions look the names up when they run. The rebound functions
+# reply. It replaces three functions: `key_digest` and `snake_case` by cached versions, and
+# `snake_keys` by one that skips objects without keys to convert. Then it makes `DECODER` again,
+# which holds the old `snake_keys`; all other functions look the names up when they run. The three
 # have positional-only parameters (`/`), because the new versions take no keyword arguments.
 
 MAX_CACHED_LENGTH = 100  # characters; longer texts could fill the memory
@@ -929,8 +935,9 @@ MAX_CACHED_TEXTS = 4096
 class ShortTextCache(dict[str, str]):
     """A cache of a function's results for short texts, which is emptied when it is full.
 
-    Unlike with `functools.lru_cache`, long texts are left out. Threads may use it at the same time:
-    at worst, a result is computed twice. Like the server itself, it holds API keys in memory.
+    Unlike `functools.lru_cache`, it leaves out long texts. Threads may use it at the same time: at
+    worst, a result is computed twice. The cache of `key_digest` keeps Authorization headers, and so
+    API keys, in memory, but nowhere else.
     """
 
     def __init__(self, function: Callable[[str], str]) -> None:
@@ -2072,19 +2079,19 @@ def render_message(reply: Reply, close: bool, head_only: bool) -> bytes:
 
 # ---- The keys file -------------------------------------------------------------------------------
 
-DEMO_DIGESTS = {
-    hashlib.sha256(api_key).hexdigest()
-    for api_key in (b"segment", b"segment-expired", b"segment-identify-only")
-}
+DEMO_KEYS = ["segment", "segment-expired", "segment-identify-only"]
+DEMO_DIGESTS = {hashlib.sha256(api_key.encode()).hexdigest() for api_key in DEMO_KEYS}
 
 
 class Keyring:
-    """The API keys in a file, which is read again when it changes."""
+    """The rights of the API keys in a keys file. `refresh` reads the file again if it changed."""
 
     def __init__(self, path: str, allow_demo_keys: bool = True) -> None:
-        """Read the file. Raises ConfigurationError if it cannot be used.
+        """Read the file.
 
-        Everybody knows the demo keys, so they must not be allowed on an address that others reach.
+        Raises ConfigurationError if the file cannot be used, or if it holds a demo key although
+        these are not allowed. Everybody knows the demo keys, so do not allow them on an address
+        that others can reach.
         """
         self.path = path
         self.allow_demo_keys = allow_demo_keys
@@ -2092,7 +2099,10 @@ class Keyring:
         self.keys: Mapping[str, Key] = self._read()  # by digest; replaced as a whole
 
     def refresh(self, force: bool = False) -> None:
-        """Read the file again if it has changed. If it cannot be used, keep the current keys."""
+        """Read the file again if it has changed, or if `force` is true.
+
+        If it cannot be used, log the reason, and keep the current keys.
+        """
         stamp = file_stamp(self.path)
         if stamp == self._stamp and not force:
             return
@@ -2105,7 +2115,7 @@ class Keyring:
             log.warning("Reloaded %d keys from %s", len(self.keys), self.path)
 
     def _read(self) -> dict[str, Key]:
-        """Return the keys in the file. Raises ConfigurationError."""
+        """Return the keys in the file, or raise ConfigurationError: see `__init__`."""
         _, keys = read_keys_file(self.path)
         if DEMO_DIGESTS & keys.keys() and not self.allow_demo_keys:
             raise ConfigurationError(
@@ -2116,7 +2126,7 @@ class Keyring:
 
 
 def file_stamp(path: str) -> tuple[int, ...]:
-    """Return metadata that changes whenever the content of a file does; () if it does not exist."""
+    """Return metadata that shows whether a file has changed, or () if it cannot be examined."""
     try:
         status = os.stat(path)
     except OSError:
@@ -2132,7 +2142,7 @@ def read_keys_file(path: str) -> tuple[list[Any], dict[str, Key]]:
     try:
         entries = parse_entries(read_regular_file(path))
         return entries, parse_keys(entries)
-    except ConfigurationError:
+    except ConfigurationError:  # it is a ValueError, too, but already names the file
         raise
     except OSError as error:
         raise ConfigurationError(f"{path}: {error.strerror}") from None
@@ -2141,7 +2151,10 @@ def read_keys_file(path: str) -> tuple[list[Any], dict[str, Key]]:
 
 
 def parse_keys(entries: list[Any]) -> dict[str, Key]:
-    """Return keys by digest. Raises ValueError, naming the entry, if one is invalid."""
+    """Return keys by digest.
+
+    Raises ValueError, with the number of the entry, if one is invalid or repeats a digest.
+    """
     keys: dict[str, Key] = {}
     for number, entry in enumerate(entries, 1):
         try:
@@ -2161,7 +2174,7 @@ def parse_entries(data: bytes) -> list[Any]:
     except json.JSONDecodeError as error:
         message = f"must be JSON: syntax error at line {error.lineno}, column {error.colno}"
         raise ValueError(message) from None
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # not UTF-8, or nested too deeply
         raise ValueError("must be JSON") from None
     if not isinstance(entries, list):
         raise ValueError("must be a JSON array")
@@ -2177,7 +2190,7 @@ def parse_key(entry: Any) -> tuple[str, Key]:
 
     customer = entry.get("customer")
     if not isinstance(customer, str) or not customer or not customer.isprintable():
-        raise ValueError("customer must be text that is printable and not empty")
+        raise ValueError("customer must be a non-empty string of printable characters")
     digest = entry.get("sha256")
     if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
         raise ValueError("sha256 must be 64 hexadecimal digits in lower case")
@@ -2187,7 +2200,7 @@ def parse_key(entry: Any) -> tuple[str, Key]:
 
 
 def optional_member(entry: Mapping[str, Any], name: str, parse: Callable[[Any], Any]) -> Any:
-    """Return a parsed member of an entry, or None if it is missing. Raises ValueError."""
+    """Return a member of an entry, parsed, or None if it is missing or null. Raises ValueError."""
     value = entry.get(name)
     if value is None:
         return None
@@ -2198,9 +2211,9 @@ def optional_member(entry: Mapping[str, Any], name: str, parse: Callable[[Any], 
 
 
 def parse_call_types(names: Any) -> frozenset[str]:
-    """Return a set of types of call. Raises ValueError, naming the invalid value.
+    """Return a set of types of call.
 
-    As with the checks of fields, the message continues a sentence: "calls must be …".
+    Raises ValueError, whose message follows the name of the member, as in "calls must be …".
     """
     if not isinstance(names, list):
         raise ValueError("must be an array")
@@ -2218,15 +2231,17 @@ MAX_LOG_BUFFER = 4_000_000  # characters
 
 
 class LogBuffer(logging.Handler):
-    """A log handler that writes to standard error from a separate thread.
+    """A buffer for the log, which a separate thread writes to standard error.
 
-    A full disk, or a reader that has stalled, therefore delays only the log. The server logs
-    requests by `write`, because a logging record for each one would halve the number of calls per
-    second. All other messages come from the logger `receiver`, whose handler this is in `run`.
+    So a full disk or a stalled reader never delays a request. It delays the log, and once
+    MAX_LOG_BUFFER is reached, lines are dropped. The server writes its lines about requests with
+    `write`, because a logging record for each request would halve the number of calls per second.
+    Other messages go to the logger `receiver`. `run` makes this a handler of that logger; under
+    `serve`, the program decides.
     """
 
     def __init__(self) -> None:
-        """Start the thread."""
+        """Duplicate standard error, and start the thread. Without it, the log is discarded."""
         super().__init__()
         self._guard = threading.Lock()  # guards _texts, _length and _dropped
         self._texts: list[str] = []
@@ -2242,7 +2257,7 @@ class LogBuffer(logging.Handler):
         self._thread.start()
 
     def write(self, text: str) -> None:
-        """Add lines to the log. If the buffer is full, they are dropped and counted."""
+        """Add complete lines to the log. If the buffer is full, they are dropped and counted."""
         with self._guard:
             if self._length + len(text) > MAX_LOG_BUFFER:
                 self._dropped += text.count("\n")
@@ -2251,18 +2266,18 @@ class LogBuffer(logging.Handler):
             self._length += len(text)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Add a logging record to the log. Its traceback, if any, is indented."""
+        """Add a logging record to the log, with its lines after the first one indented."""
         lines = self.format(record).splitlines()
         self.write(f"{utc_now()} " + "\n    ".join(map(printable, lines)) + "\n")
 
     def close(self) -> None:
-        """Write out the buffer, unless that takes longer than a second, and end the thread."""
+        """Have the thread write out the buffer and end. Waits for at most a second."""
         self._closing.set()
         self._thread.join(1)
         super().close()
 
     def _run(self) -> None:
-        """Write out the buffer every LOG_INTERVAL until `close` is called."""
+        """Write out the buffer every LOG_INTERVAL, and after `close` once more."""
         while not self._closing.wait(LOG_INTERVAL):
             self._write_out()
         self._write_out()
@@ -2270,34 +2285,49 @@ class LogBuffer(logging.Handler):
             self._stream.close()
 
     def _write_out(self) -> None:
-        """Write out and empty the buffer, and say how many lines were dropped before."""
+        """Write out and empty the buffer, and then say how many lines were dropped.
+
+        Lines that cannot be written count as dropped, and are mentioned by a later notice.
+        """
         with self._guard:
             lines = "".join(self._texts)
             dropped = self._dropped
             self._texts = []
             self._length = 0
             self._dropped = 0
-        notice = f"{utc_now()} {dropped} log lines were dropped\n" if dropped else ""
-        data = (lines + notice).encode(errors="backslashreplace")
-        try:
-            while data and self._stream:
+
+        unwritten = self._send(lines)
+        dropped += unwritten.count(b"\n")
+        if dropped and not unwritten:
+            notice = f"{utc_now()} {dropped} log lines were dropped\n"
+            if not self._send(notice):
+                return
+        with self._guard:
+            self._dropped += dropped
+
+    def _send(self, text: str) -> bytes:
+        """Write text to standard error, and return what could not be written."""
+        data = text.encode(errors="backslashreplace")
+        while data and self._stream:
+            try:
                 written = self._stream.write(data)
-                data = data[written or 0 :]
-                if written is None:  # a non-blocking stream that is full at the moment
-                    if self._closing.is_set():
-                        return
-                    time.sleep(LOG_INTERVAL)
-        except OSError:  # for example, because the disk is full
-            unwritten = data.count(b"\n") - notice.count("\n")
-            with self._guard:
-                self._dropped += dropped + unwritten
+            except OSError:  # for example, because the disk is full
+                return data
+            data = data[written or 0 :]
+            if written is None:  # a non-blocking stream that is full at the moment
+                if self._closing.is_set():
+                    return data
+                time.sleep(LOG_INTERVAL)
+        return b""
 
 
-def log_line(reply: Reply, seconds: float, verbose: bool) -> str:
-    """Return the line about a request: who sent what, and how it was answered.
+def log_entry(reply: Reply, seconds: float, verbose: bool) -> str:
+    """Return the entry of the log about a request, without the time.
 
-    After an internal error the traceback follows; with `verbose`, the call follows. Both are
-    indented. Everything from outside is escaped, so that it cannot forge lines.
+    The first line has the status, the type, the customer, the user, the event or name, the outcome
+    (unless the call was just stored), the duration, and the message of an error. After an internal
+    error, the traceback follows, and with `verbose` the call; both are indented. Everything from
+    outside is escaped, so that it cannot forge lines.
     """
     raw = reply.raw
     user = raw.get("user_id")
@@ -2325,20 +2355,28 @@ def log_line(reply: Reply, seconds: float, verbose: bool) -> str:
 
 
 def log_word(value: object) -> str:
-    """Return a value as one word of a log line: quoted unless short and plain, or "-" for none."""
+    """Return a value as it is shown in a log line.
+
+    None and empty text become "-". A word of up to 80 printable characters remains as it is. Of
+    anything else, the repr is shown, cut to 80 characters.
+    """
     if value is None or value == "":
         return "-"
-    is_plain = isinstance(value, str) and value.isprintable() and not re.search("[ '\"]", value)
-    return str(value) if is_plain and len(str(value)) <= 80 else short_repr(value)
+    if not isinstance(value, str) or len(value) > 80 or re.search("[ '\"]", value):
+        return short_repr(value)
+    return value if value.isprintable() else short_repr(value)
 
 
 def printable(text: str) -> str:
-    """Return a line of text, quoted and escaped if it contains control characters."""
+    """Return a line of text, or its repr if any character is not printable."""
     return text if text.isprintable() else repr(text)
 
 
 def json_or_repr(value: object) -> str:
-    """Return a value as JSON, or else its repr. A destination may have put anything into a call."""
+    """Return a value as JSON, or its repr if JSON cannot express it.
+
+    A destination may have put anything into a call.
+    """
     try:
         return json.dumps(value, default=short_repr)
     except (TypeError, ValueError, RecursionError):
@@ -2347,19 +2385,20 @@ def json_or_repr(value: object) -> str:
 
 # ---- All connections -----------------------------------------------------------------------------
 #
-# The threads share this state. Every write is a single assignment, or a single change to a set,
-# which is atomic in CPython. If a reader may act on an old value, the table says what happens then.
+# The threads share this state. Every write is a single assignment or a single change to a set; in
+# CPython, both are atomic. If a reader may act on an old value, the table says what happens then.
 #
 #   attribute                    written by                  read by
 #   ---------------------------  --------------------------  --------------------------------------
 #   Server.connections           connection threads          accept thread and stop(), which copy it
 #   Server.tls_context           accept thread               connection threads, once each
 #   Server.reload_requested      main and accept thread      accept thread
-#   Server.stopping              stop()                      accept and connection threads
-#   Server.on_failure            main thread, before it      accept thread
-#                                reads Server.failed
+#   Server.stopping              stop()                      stop(), accept and connection threads
+#   Server.on_failure            main thread                 accept thread: a failure before it is
+#                                                            set is not missed, because `run` then
+#                                                            finds Server.failed set
 #   Server.failed                accept thread               main thread
-#   Destination.failed           the writer                  accept and connection threads
+#   Destination.failed           writer                      accept and connection threads
 #   Keyring.keys                 accept thread               accept and main thread
 #   Endpoint.keys                accept thread               connection threads
 #   Endpoint.maintenance         main thread                 connection threads
@@ -2379,14 +2418,15 @@ NEWCOMER_AGE = 1.0  # seconds; a younger connection that has not sent a head is 
 SHUTDOWN_GRACE = 2.0  # seconds for requests in flight
 REPLY_GRACE = 0.5  # seconds for the last replies after that
 
-# Errors of accept() if this process or the system has run out of resources.
+# The errno of accept() when this process or the system has run out of resources.
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class Server(ThreadingTCPServer):
     """A running receiver.
 
-    `url` is its address, and `tls_cert` is the file with which clients verify its certificate. A
+    `url` is its address. `tls_cert` is the path of its certificate; if that is self-signed, clients
+    need the file to verify it. `failed` says whether it has stopped serving because of an error. A
     Server is a context manager: leaving the `with` block calls `stop`.
     """
 
@@ -2394,50 +2434,60 @@ class Server(ThreadingTCPServer):
     request_queue_size = 1024
 
     def __init__(self, destination: Destination | None, options: argparse.Namespace) -> None:
-        """Start listening. Without a destination, store calls in `options.database`.
+        """Read the files, listen, and start to serve in background threads.
 
-        Raises ConfigurationError if an option, or a file that it names, cannot be used.
+        Without a destination, calls are stored in `options.database`. Raises ConfigurationError if
+        an option, or a file that it names, cannot be used.
         """
-        bind = options.bind
         self.options = options
-        self.tls_cert = os.path.abspath(options.tls_cert)
-        self.tls_context = make_tls_context(options)
-        self.keyring = Keyring(options.api_keys, allow_demo_keys=bind.is_loopback)
         self.connections: set[Connection] = set()
         self.connection_slots = threading.Semaphore(options.max_connections)
         self.stopping = False
-        self.failed = False  # whether the accept thread has ended unexpectedly
+        self.failed = False
         self.on_failure: Callable[[], None] = lambda: None  # called when `failed` is set
         self.reload_requested = False
         self.next_deadline_check = 0.0  # monotonic time
         self.next_keys_check = 0.0  # monotonic time
         self.out_of_resources = False
 
-        if options.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
-            raise ConfigurationError("argument --reuse-port: not supported by this platform")
-        self.allow_reuse_port = options.reuse_port
-        self.address_family = socket.AF_INET6 if bind.version == 6 else socket.AF_INET
+        self.tls_cert = os.path.abspath(options.tls_cert)
+        self.tls_context = make_tls_context(options)
+        self.keyring = Keyring(options.api_keys, allow_demo_keys=options.bind.is_loopback)
+        self._listen()
         try:
-            super().__init__((str(bind), options.port), Connection)
-        except OSError as error:
-            message = f"cannot listen on {bind} port {options.port}: {error.strerror}"
-            raise ConfigurationError(message) from None
-        self.socket.setblocking(False)  # a client may disconnect before accept() is called
-        self.url = f"https://{url_host(bind)}:{self.server_address[1]}{options.path}"
-
-        try:
-            destination = Store(options.database) if destination is None else destination
+            if destination is None:
+                destination = Store(options.database)
         except ConfigurationError:
             self.server_close()
             raise
         self.endpoint = Endpoint(
             destination, self.keyring.keys, options.path, options.max_body, options.maintenance
         )
-        self.log = LogBuffer()
+        self.log_buffer = LogBuffer()
         threading.Thread(target=self._accept, name="accept", daemon=True).start()
 
+    def _listen(self) -> None:
+        """Open the listening socket. Raises ConfigurationError if that is not possible."""
+        bind = self.options.bind
+        port = self.options.port
+        if self.options.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
+            raise ConfigurationError("argument --reuse-port: not supported by this platform")
+        self.allow_reuse_port = self.options.reuse_port
+        self.address_family = socket.AF_INET6 if bind.version == 6 else socket.AF_INET
+        try:
+            super().__init__((str(bind), port), Connection)
+        except OSError as error:
+            message = f"cannot listen on {bind} port {port}: {error.strerror}"
+            raise ConfigurationError(message) from None
+        # Otherwise, accept() would block if a client disconnects before it is called.
+        self.socket.setblocking(False)
+        self.url = f"https://{url_host(bind)}:{self.server_address[1]}{self.options.path}"
+
     def _accept(self) -> None:
-        """Run the accept thread. If it ends unexpectedly, stop listening, and say so."""
+        """Accept connections until `stop` is called. This is the accept thread.
+
+        If it ends earlier, it sets `failed`, stops listening, and calls `on_failure`.
+        """
         try:
             self.serve_forever(poll_interval=0.1)
         except Exception:
@@ -2451,25 +2501,34 @@ class Server(ThreadingTCPServer):
     # -- Accepting --
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection. Raises OSError if none can be accepted now."""
-        if not self.connection_slots.acquire(blocking=False):
-            patience = 1.0 if self.evict_connection() else 0.1  # seconds to wait for a free slot
-            if not self.connection_slots.acquire(timeout=patience):
-                raise BlockingIOError  # the client waits in the backlog
+        """Take a connection slot and accept a connection. `close_request` releases the slot.
+
+        Raises BlockingIOError if there is no slot or no connection. `socketserver` ignores that,
+        and tries again in the next round of its loop.
+        """
+        if not self._take_slot():
+            raise BlockingIOError
         try:
-            accepted = super().get_request()
+            return super().get_request()
         except (OSError, MemoryError) as error:
             self.connection_slots.release()
             if isinstance(error, MemoryError) or error.errno in OUT_OF_RESOURCES:
                 self.make_room(error)
             raise BlockingIOError from None
-        return accepted
+
+    def _take_slot(self) -> bool:
+        """Take a connection slot. If all are taken, evict a connection, and wait for its slot."""
+        if self.connection_slots.acquire(blocking=False):
+            return True
+        evicted = self.evict_connection()
+        # Its thread needs a moment to end. If none could be evicted, one may end by itself.
+        return self.connection_slots.acquire(timeout=1.0 if evicted else 0.1)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start the thread of a connection.
+        """Start the thread of a connection, or close the connection if that fails.
 
-        This does not use threading.Thread, whose `start` waits until the new thread signals that it
-        runs. If the new thread ran out of memory first, `start` would wait forever.
+        This does not use threading.Thread: its `start` waits for the new thread to report that it
+        is running, and would wait forever if that thread ran out of memory first.
         """
         try:
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
@@ -2496,9 +2555,12 @@ class Server(ThreadingTCPServer):
         return True
 
     def make_room(self, error: BaseException) -> None:
-        """Evict a connection and pause, because threads, memory or descriptors have run out."""
+        """Evict a connection and pause, because threads, memory or descriptors have run out.
+
+        Logs the error, but only once until another connection is served.
+        """
         if not self.out_of_resources:
-            log.error("Cannot accept more connections: %s", error)
+            log.error("Cannot accept more connections: %s", str(error) or "out of memory")
         self.out_of_resources = True
         self.evict_connection()
         time.sleep(0.1)  # a retry at once would occupy the processor
@@ -2506,7 +2568,12 @@ class Server(ThreadingTCPServer):
     # -- Housekeeping --
 
     def service_actions(self) -> None:
-        """Check deadlines and files. The accept thread calls this in every round of its loop."""
+        """Enforce deadlines, and read the keys again if they have changed.
+
+        After `reload`, read the keys and the certificate again. The accept thread calls this in
+        every round of its loop. Raises RuntimeError, which ends that thread, if the destination has
+        failed.
+        """
         if self.endpoint.destination.failed:
             raise RuntimeError("the destination has failed")
         now = time.monotonic()
@@ -2524,7 +2591,7 @@ class Server(ThreadingTCPServer):
             self.refresh_keys()
 
     def refresh_keys(self, force: bool = False) -> None:
-        """Read the keys file again if it has changed."""
+        """Refresh the keyring, and give its keys to the endpoint."""
         self.keyring.refresh(force)
         self.endpoint.keys = self.keyring.keys
 
@@ -2546,7 +2613,7 @@ class Server(ThreadingTCPServer):
     def log_request(self, reply: Reply, seconds: float) -> None:
         """Log a request; with --quiet, only if it was refused or failed."""
         if reply.status >= 400 or not self.options.quiet:
-            self.log.write(f"{utc_now()} {log_line(reply, seconds, self.options.verbose)}")
+            self.log_buffer.write(f"{utc_now()} {log_entry(reply, seconds, self.options.verbose)}")
 
     def toggle_maintenance(self) -> None:
         """Start or end maintenance."""
@@ -2562,32 +2629,34 @@ class Server(ThreadingTCPServer):
     def stop(self) -> None:
         """Stop accepting connections, finish the requests in flight, and close the destination.
 
-        Requests that take longer than SHUTDOWN_GRACE are answered with 503 if they have not arrived
-        completely; connections that still exist after REPLY_GRACE are abandoned. Further calls of
-        this method do nothing.
+        Connections without a request end at once. After SHUTDOWN_GRACE, a request that has not
+        arrived completely is answered with 503. After a further REPLY_GRACE, the destination is
+        closed even if handlers are still running. Further calls of this method do nothing.
         """
         if self.stopping:
             return
         self.stopping = True
         self.shutdown()  # waits until the accept thread has left its loop
         self.server_close()
-        self._hang_up_connections(Connection.is_interruptible, SHUTDOWN_GRACE)
-        self._hang_up_connections(lambda connection: True, REPLY_GRACE)
+        self._wait_for_connections(SHUTDOWN_GRACE, Connection.is_interruptible)
+        self._wait_for_connections(REPLY_GRACE, lambda connection: True)
         try:
             self.endpoint.destination.close()
         except Exception:
             log.exception("The destination could not be closed")
-        self.log.close()
+        self.log_buffer.close()
 
-    def _hang_up_connections(self, applies: Callable[[Connection], bool], seconds: float) -> None:
-        """Hang up on the connections to which the condition applies, or comes to apply.
+    def _wait_for_connections(
+        self, seconds: float, may_hang_up: Callable[[Connection], bool]
+    ) -> None:
+        """Wait until no connection is left, but at most this long.
 
-        Returns when no connection is left, or after this many seconds.
+        Meanwhile, hang up on each connection for which the condition is true, or becomes true.
         """
         end = time.monotonic() + seconds
         while self.connections and time.monotonic() < end:
             for connection in list(self.connections):
-                if not connection.hung_up and applies(connection):
+                if not connection.hung_up and may_hang_up(connection):
                     connection.hang_up()
             time.sleep(0.01)  # short compared with the time limits
 
@@ -2597,13 +2666,13 @@ class Server(ThreadingTCPServer):
 
 
 def least_useful(connections: list[Connection], now: float) -> Connection | None:
-    """Return the connection to evict, if any.
+    """Return the connection to evict, or None.
 
-    It is the one that has been idle longest. If none is idle, it is the oldest that has not sent a
-    complete head, and that is older than NEWCOMER_AGE.
+    It is the one that has been idle longest. If none is idle, it is the oldest of those that have
+    not sent a complete head, unless even that one is younger than NEWCOMER_AGE.
     """
     idle: list[tuple[float, Connection]] = []
-    silent: list[tuple[float, Connection]] = []
+    without_head: list[tuple[float, Connection]] = []
     for connection in connections:
         idle_since = connection.idle_since  # read once, because its thread may change it
         if connection.hung_up:
@@ -2611,8 +2680,8 @@ def least_useful(connections: list[Connection], now: float) -> Connection | None
         if idle_since is not None:
             idle.append((idle_since, connection))
         elif not connection.has_received_head and now - connection.accepted_at > NEWCOMER_AGE:
-            silent.append((connection.accepted_at, connection))
-    oldest = min(idle or silent, key=lambda candidate: candidate[0], default=None)
+            without_head.append((connection.accepted_at, connection))
+    oldest = min(idle or without_head, key=lambda candidate: candidate[0], default=None)
     return oldest[1] if oldest else None
 
 
@@ -2624,7 +2693,7 @@ def url_host(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
 
 
 def make_tls_context(options: argparse.Namespace) -> ssl.SSLContext:
-    """Return a context for TLS 1.2 and 1.3, only with ciphers that have forward secrecy.
+    """Return a context for TLS 1.2 and 1.3 that offers only ciphers with forward secrecy.
 
     Raises ConfigurationError if the certificate or its private key cannot be used.
     """
@@ -2635,7 +2704,7 @@ def make_tls_context(options: argparse.Namespace) -> ssl.SSLContext:
         check_regular_file(path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # for TLS 1.2; those of 1.3 qualify
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; all those of 1.3 qualify
     context.set_alpn_protocols(["http/1.1"])
     context.options |= ssl.OP_NO_RENEGOTIATION
     # A client may disconnect without close_notify. Content-Length reveals a truncated body.
@@ -2643,9 +2712,9 @@ def make_tls_context(options: argparse.Namespace) -> ssl.SSLContext:
     try:
         context.load_cert_chain(options.tls_cert, options.tls_key, password="")  # never ask for one
     except OSError as error:
-        reason = "not a certificate and its unencrypted private key in PEM"
-        if not isinstance(error, ssl.SSLError) and error.strerror:
-            reason = error.strerror
+        reason = error.strerror
+        if isinstance(error, ssl.SSLError) or not reason:
+            reason = "not a certificate and its unencrypted private key in PEM"
         raise ConfigurationError(f"{options.tls_cert}, {options.tls_key}: {reason}") from None
     return context
 
@@ -2653,25 +2722,29 @@ def make_tls_context(options: argparse.Namespace) -> ssl.SSLContext:
 # ==================================================================================================
 # Part 4. Entry points
 #
-# `serve` starts a receiver inside a program. `main` is the command line: it has all options of
-# `serve`, and a few more.
+# `serve` starts a receiver inside a program. `main` is the command line: it takes all the options
+# of `serve`, and a few more.
 # ==================================================================================================
 
 
 def serve(destination: Destination | None = None, **options: Any) -> Server:
-    """Start a receiver in threads, and return it. Use it in a `with` statement, which stops it.
+    """Start a receiver in background threads, and return it. Leaving a `with` block stops it.
 
-    The options are the server options of the command line, with underscores for hyphens. Without a
-    destination, calls are stored in the SQLite file that the option `database` names. The server
-    closes the destination when it stops. Raises ConfigurationError if an option or the destination
-    cannot be used.
+    The options are those of the command line, such as `max_body=1000` for `--max-body 1000`, except
+    --add-key, --calls, --expires and --version. Without a destination, calls are stored in the
+    SQLite file that the option `database` names; with one, there is no such option. The server
+    closes the destination when it stops.
+
+    Requests are logged to standard error, and other messages to the logger `receiver`. If the
+    receiver fails, it stops listening, and its attribute `failed` is true. Raises
+    ConfigurationError if an option or the destination cannot be used.
     """
     check_destination(destination)
     return Server(destination, options_from_keywords(options, destination))
 
 
 def main(destination: Destination | None = None) -> None:
-    """Run the command line: serve until a signal arrives, or add an API key.
+    """Run the command line: serve until SIGTERM or SIGINT, or add an API key.
 
     Exits with status 2 if an option or a file cannot be used, and with 1 if the receiver fails.
     """
@@ -2708,7 +2781,7 @@ DEMO_KEYS_FILE = "fixtures/keys.json"
 
 
 def beside_this_file(name: str) -> str:
-    """Return the path of a file beside this one, relative to the current directory if possible."""
+    """Return the path of a file beside this one, shortened if it is in the current directory."""
     path = Path(__file__).resolve().parent / name
     with contextlib.suppress(ValueError, OSError):
         return str(path.relative_to(Path.cwd()))
@@ -2716,7 +2789,7 @@ def beside_this_file(name: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises an exception instead of printing its usage."""
+    """A parser that raises ConfigurationError instead of exiting after an error."""
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigurationError."""
@@ -2732,8 +2805,7 @@ def make_parser(destination: Destination | None) -> Parser:
             f"Receive Segment's calls over HTTPS, and pass them to {type(destination).__name__}."
         )
     parser = Parser(description=description, allow_abbrev=False)
-    default_keys = beside_this_file(DEMO_KEYS_FILE)
-    default_keys = default_keys.replace("%", "%%")  # because argparse formats help texts
+    default_keys = beside_this_file(DEMO_KEYS_FILE).replace("%", "%%")  # for argparse's formatting
     add = parser.add_argument
     add(
         "--bind",
@@ -2771,9 +2843,10 @@ def make_parser(destination: Destination | None) -> Parser:
         default=beside_this_file("certs/localhost-key.pem"),
         help="private key of the certificate (default: %(default)s)",
     )
+    # This has no default, so that --add-key cannot change the demo keys; see with_default_keys.
     add(
         "--api-keys",
-        metavar="FILE",  # without a default, so that --add-key does not change the demo keys
+        metavar="FILE",
         help=f"JSON file of API keys, read again when it changes (default: {default_keys})",
     )
     if destination is None:
@@ -2835,13 +2908,13 @@ def add_command_options(parser: Parser) -> None:
     add(
         "--calls",
         metavar="TYPES",
-        type=calls_option,
+        type=parse_calls_option,
         help="with --add-key: permit only these types, such as identify,track",
     )
     add(
         "--expires",
         metavar="DATE",
-        type=expires_option,
+        type=parse_expires_option,
         help="with --add-key: when the key expires, such as 2027-01-01",
     )
     add("--version", action="version", version=f"%(prog)s {__version__}")
@@ -2869,7 +2942,7 @@ def options_from_keywords(
 
 
 def with_default_keys(options: argparse.Namespace) -> argparse.Namespace:
-    """Return the options, with the file of the demo keys if no other was given."""
+    """Set the keys file to that of the demo keys if no other was given; return the options."""
     if options.api_keys is None:
         options.api_keys = beside_this_file(DEMO_KEYS_FILE)
     return options
@@ -2902,17 +2975,21 @@ def number_between(
 
 
 def parse_endpoint_path(text: str) -> str:
-    """Return the path of an endpoint. Raises ArgumentTypeError if no request can have it."""
+    """Return the path of an endpoint.
+
+    Raises ArgumentTypeError if no request can have it, or if it is HEALTH_PATH.
+    """
     if not re.fullmatch(r"/[!-~]*", text) or "?" in text or "#" in text:
         rule = "must be a slash followed by visible ASCII characters other than ? and #"
         message = f"{rule}, not {short_repr(text)}"
         raise argparse.ArgumentTypeError(message)
     if text == HEALTH_PATH:
-        raise argparse.ArgumentTypeError(f"must not be {HEALTH_PATH}, which is the health check")
+        message = f"must not be {HEALTH_PATH}, which is the path of the health check"
+        raise argparse.ArgumentTypeError(message)
     return text
 
 
-def calls_option(text: str) -> list[str]:
+def parse_calls_option(text: str) -> list[str]:
     """Return types of call in the form used by a keys file. Raises ArgumentTypeError."""
     names = [name.strip() for name in text.split(",")]
     try:
@@ -2922,7 +2999,7 @@ def calls_option(text: str) -> list[str]:
     return names
 
 
-def expires_option(text: str) -> str:
+def parse_expires_option(text: str) -> str:
     """Return a time unchanged, after checking it. Raises ArgumentTypeError."""
     try:
         parse_time(text)
@@ -2931,22 +3008,24 @@ def expires_option(text: str) -> str:
     return text
 
 
-# ---- Serving until a signal arrives --------------------------------------------------------------
+# ---- Serving until SIGTERM or SIGINT -------------------------------------------------------------
 
 FORCED_EXIT_AFTER = 9.5  # seconds; service managers kill a process after 10 seconds or more
 
 
 def run(destination: Destination | None, options: argparse.Namespace) -> int:
-    """Serve until SIGTERM or SIGINT, and return the exit status.
+    """Serve until SIGTERM or SIGINT, or until the receiver fails. Return the exit status, 0 or 1.
 
-    SIGHUP reads the keys and the certificate again. SIGUSR1 starts or ends maintenance.
+    SIGHUP has the keys and the certificate read again. SIGUSR1 starts or ends maintenance. Raises
+    ConfigurationError if an option, or a file that it names, cannot be used.
     """
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
     # Block the signals here and in all threads that start later, so that only sigwait gets them.
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    tune_process(options.max_connections)
+    raise_file_limit(options.max_connections)
+    avoid_preemption()
     with Server(destination, options) as server:
-        log.addHandler(server.log)
+        log.addHandler(server.log_buffer)
         log.propagate = False
         server.on_failure = lambda: os.kill(os.getpid(), signal.SIGTERM)  # ends sigwait
         announce(server)
@@ -2959,24 +3038,25 @@ def run(destination: Destination | None, options: argparse.Namespace) -> int:
             else:
                 break
         status = 1 if server.failed else 0
+        # Leaving this block stops the server. The timer limits the time that this may take.
         forced_exit = threading.Timer(FORCED_EXIT_AFTER, force_exit, [server, status])
         forced_exit.daemon = True
         forced_exit.start()
     forced_exit.cancel()
-    log.removeHandler(server.log)
+    log.removeHandler(server.log_buffer)
     return status
 
 
 def force_exit(server: Server, status: int) -> None:
-    """End the process by force, because stopping has taken too long."""
-    server.log.write(f"{utc_now()} Stopping took too long; the process was ended by force\n")
+    """End the process with this status, because stopping has taken too long."""
+    server.log_buffer.write(f"{utc_now()} Stopping takes too long; ending the process by force\n")
     time.sleep(2 * LOG_INTERVAL)  # for the log
     os._exit(status)
 
 
-def tune_process(max_connections: int) -> None:
-    """Raise the limit on open files, and keep waking threads from preempting the running one."""
-    import resource  # not at the top of the file, because `serve` does not need Unix
+def raise_file_limit(max_connections: int) -> None:
+    """Raise the limit on open files, if possible, to what this number of connections needs."""
+    import resource  # not at the top of the file: Windows, where `serve` works, does not have it
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max_connections + 100  # each connection is one file
@@ -2985,8 +3065,14 @@ def tune_process(max_connections: int) -> None:
             wanted = min(wanted, hard)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    # By default, a waking thread may preempt the one that holds the GIL, only to wait for the GIL
-    # itself. With SCHED_BATCH, it does not preempt.
+
+
+def avoid_preemption() -> None:
+    """Keep a thread that wakes up from preempting the one that holds the GIL.
+
+    By default, the kernel may let it run at once, only for it to wait for the GIL. SCHED_BATCH
+    prevents this. Threads that are started later inherit it.
+    """
     if hasattr(os, "SCHED_BATCH"):
         with contextlib.suppress(OSError):  # not permitted in some containers
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
@@ -2995,14 +3081,15 @@ def tune_process(max_connections: int) -> None:
 def announce(server: Server) -> None:
     """Print the line that says where the server listens, and log the startup hint.
 
-    The server keeps running if standard output is closed or full.
+    The server keeps running if standard output is closed or cannot be written.
     """
-    with contextlib.suppress(OSError, AttributeError, ValueError):
+    with contextlib.suppress(OSError, AttributeError, ValueError):  # sys.stdout may be None
         line = f"Listening on {server.url}"
         if server.options.bind.is_unspecified:
-            line += f" (--bind {server.options.bind}: on every address of this machine)"
+            bind = server.options.bind
+            line += f" (--bind {bind}: on every IPv{bind.version} address of this machine)"
         os.write(sys.stdout.fileno(), f"{line}\n".encode())
-    server.log.write(startup_hint(server))
+    server.log_buffer.write(startup_hint(server))
 
 
 def startup_hint(server: Server) -> str:
@@ -3010,12 +3097,13 @@ def startup_hint(server: Server) -> str:
     options = server.options
     digests = server.keyring.keys.keys()
     has_demo_keys = bool(DEMO_DIGESTS & digests)
-    login = "segment:" if hashlib.sha256(b"segment").hexdigest() in digests else "YOUR_API_KEY:"
+    has_segment_key = hashlib.sha256(b"segment").hexdigest() in digests
+    login = "segment:" if has_segment_key else "YOUR_API_KEY:"
     command = ["curl", "-i", "--cacert", options.tls_cert, "-u", login, server.url]
     command += ["-H", "Content-Type: application/json"]
     command += ["-d", f"@{beside_this_file('fixtures/track.json')}"]
     lines = ["", "Send a call from another terminal:", f"    {shlex.join(command)}"]
-    if hasattr(options, "database"):
+    if hasattr(options, "database"):  # there is no such option with a destination of your own
         query = "select received_at, type, user_id from calls order by rowid desc limit 9"
         lines.append(f"Calls are stored in {options.database}. Show the latest:")
         lines.append("    " + shlex.join(["sqlite3", options.database, query]))
@@ -3031,7 +3119,11 @@ def startup_hint(server: Server) -> str:
 
 
 def add_key(options: argparse.Namespace) -> None:
-    """Make an API key, add its digest to the keys file, and print the key, which is not stored."""
+    """Make an API key, add its digest to the keys file, and print the key, which is not stored.
+
+    Only the key is printed to standard output; a note goes to standard error. Raises
+    ConfigurationError if an option, or the keys file, cannot be used.
+    """
     path = options.api_keys
     if not path:
         raise ConfigurationError("--add-key needs --api-keys FILE, the file to add the key to")
@@ -3044,7 +3136,7 @@ def add_key(options: argparse.Namespace) -> None:
         entry["expires"] = options.expires
     try:
         parse_key(entry)
-    except ValueError as error:
+    except ValueError as error:  # only the customer can still be invalid
         raise ConfigurationError(f"argument --add-key: {error}") from None
 
     try:
@@ -3057,22 +3149,27 @@ def add_key(options: argparse.Namespace) -> None:
 
 
 def append_entry(path: str, entry: Mapping[str, Any]) -> None:
-    """Add an entry to a keys file, which is replaced atomically. A new file has mode 0600.
+    """Add an entry to a keys file, or create the file with mode 0600.
 
-    Raises OSError or ConfigurationError if that fails; the file is then unchanged.
+    The file is rewritten and replaced atomically; its owner and its mode are kept. Of two programs
+    that do so at the same time, one may undo what the other has added. Raises ConfigurationError if
+    the existing file cannot be used, and OSError if the new one cannot be written; the file is then
+    unchanged.
     """
     entries: list[Any] = []
     status = None
     if os.path.exists(path):
         status = os.stat(path)
         entries, _ = read_keys_file(path)
-    text = ",\n  ".join(json.dumps(each, ensure_ascii=False) for each in [*entries, entry])
+    entries.append(entry)
+    lines = ",\n  ".join([json.dumps(each, ensure_ascii=False) for each in entries])
+    text = f"[\n  {lines}\n]\n"  # one entry on each line
 
     target = os.path.realpath(path)  # a symbolic link stays one
     directory = os.path.dirname(target)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=directory, delete=False) as file:
         try:
-            file.write(f"[\n  {text}\n]\n")
+            file.write(text)
             file.flush()
             if status is not None:  # the service must still be able to read the file
                 os.chmod(file.name, stat.S_IMODE(status.st_mode))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the receiver promises, sentence by sentence, in the order of receiver.py.
+"""Tests of every promise of the receiver, in the order of receiver.py.
 
 First the protocol without a network, then the store on real files, then the server with real TLS
 and sockets. The command line, the conformance kit, and the project itself follow.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import base64
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -38,8 +39,9 @@ import types
 import wsgiref.util
 import wsgiref.validate
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -53,8 +55,9 @@ import receiver
 # ==================================================================================================
 # What all tests share
 #
-# Requests as bytes, and as the values that the protocol takes. A receiver in a separate process,
-# and a TLS connection that sends exact bytes. No port is fixed, and nothing is left running.
+# Helpers that make requests, as bytes and as receiver.Request; a receiver in a separate process;
+# and a TLS connection that sends exact bytes. Receivers take any free port, and all of them are
+# stopped.
 # ==================================================================================================
 
 os.environ["TZ"] = "Asia/Tokyo"  # far from UTC, to show that no local time is used
@@ -71,6 +74,9 @@ SAMPLES = {
     name: json.loads((FIXTURES / f"{name}.json").read_text())
     for name in ("identify", "track", "page", "group")
 }
+
+# The API key `segment` belongs to the customer `demo`, `segment-expired` to `lapsed`, and
+# `segment-identify-only`, which permits only identify, to `limited`.
 KEYS = receiver.Keyring(str(FIXTURES / "keys.json")).keys
 NOW = "2026-01-15T12:00:00.000Z"
 TRACK = {"type": "track", "user_id": "u1", "event": "Signed Up"}
@@ -81,10 +87,11 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="uses /proc, prlim
 
 
 def cases(names: str, rows: Mapping[str, Any]) -> pytest.MarkDecorator:
-    """Parametrize a test with rows whose keys become the ids of the tests."""
-    single = "," not in names
-    parameters = [pytest.param(row, id=name) for name, row in rows.items()]
-    if not single:
+    """Parametrize a test with these rows, whose keys are the ids of the tests."""
+    has_one_name = "," not in names
+    if has_one_name:
+        parameters = [pytest.param(row, id=name) for name, row in rows.items()]
+    else:
         parameters = [pytest.param(*row, id=name) for name, row in rows.items()]
     return pytest.mark.parametrize(names, parameters)
 
@@ -99,12 +106,12 @@ def digest(api_key: str) -> str:
 
 
 def one_key(customer: str, **rest: Any) -> dict[str, receiver.Key]:
-    """A keyring with the key `segment`, of this customer."""
+    """Keys of which `segment` is the only one, and belongs to this customer."""
     return {digest("segment"): receiver.Key(customer, **rest)}
 
 
 class Record(NamedTuple):
-    """A request from the fixtures, and what is said of it."""
+    """A request from the fixtures, and the reply or the call that is expected."""
 
     head: str
     body: bytes
@@ -122,7 +129,8 @@ def fixture_records(file: str) -> dict[str, Record]:
         lines = [f"{request['method']} {request['path']} HTTP/1.1", "Host: localhost"]
         lines += [f"{name}: {value}" for name, value in request["headers"].items()]
         body = request.get("body", "").encode() or base64.b64decode(request.get("body_base64", ""))
-        records[next(iter(record.values()))] = Record(
+        label = record.get("right") or record["wrong"]
+        records[label] = Record(
             head="\r\n".join(lines),
             body=body,
             status=record.get("status", 200),
@@ -219,9 +227,12 @@ def request(
     length: object = None,
 ) -> bytes:
     """A request as bytes. Without a call, it has no body, and no length unless one is given."""
-    body = b"" if call is None else call if isinstance(call, bytes) else json.dumps(call).encode()
-    if length is None and call is not None:
-        length = len(body)
+    if call is None:
+        body = b""
+    else:
+        body = call if isinstance(call, bytes) else json.dumps(call).encode()
+        if length is None:
+            length = len(body)
     head = [f"{method} {target} {version}"]
     if host is not None:
         head.append(host)
@@ -244,10 +255,10 @@ def rows(path: Path, query: str, *values: object) -> list[Any]:
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 10) -> Any:
-    """Wait for a change that has no event, for example in another process. Return the condition."""
+    """Wait for a change that has no event, for example in another process; return its result."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"this did not happen within {seconds} seconds"
+        assert time.monotonic() < deadline, f"not within {seconds} seconds: {condition}"
         time.sleep(0.01)
     return found
 
@@ -294,11 +305,20 @@ class RunningReceiver(contextlib.AbstractContextManager["RunningReceiver"]):
         return found
 
     def log_length(self) -> int:
-        """The length of the log after all earlier requests are in it."""
+        """Post a marker, wait until it is in the log, and return the length of the log."""
         user = f"mark-{time.monotonic_ns()}"
         post(self, {**TRACK, "user_id": user})
         self.wait_for_log(user)
         return len(self.log)
+
+    def lines_after(self, before: int, pattern: str) -> list[str]:
+        """The lines of the log after this position, once one of them matches this pattern.
+
+        The lines of the marker that `log_length` posts are left out.
+        """
+        wait_until(lambda: re.search(pattern, self.log[before:]))
+        self.log_length()
+        return [line for line in self.log[before:].splitlines() if " mark-" not in line]
 
     def message_ids(self) -> list[str]:
         return [row[0] for row in rows(self.database, "select message_id from calls")]
@@ -335,8 +355,34 @@ class RunningReceiver(contextlib.AbstractContextManager["RunningReceiver"]):
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningReceiver]:
     """One receiver for all tests that leave it as it was."""
-    with RunningReceiver(tmp_path_factory.mktemp("running"), "--timeout", "2") as shared:
+    with RunningReceiver(tmp_path_factory.mktemp("running")) as shared:
         yield shared
+
+
+TIMEOUT = 1  # seconds
+
+
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningReceiver]:
+    """One receiver with a short `--timeout`, for all tests that wait for it."""
+    with RunningReceiver(tmp_path_factory.mktemp("impatient"), "--timeout", TIMEOUT) as shared:
+        yield shared
+
+
+THREADS_AT_REST = 4  # main, accept, log and writer
+
+
+def add_key(customer: str, *options: object) -> subprocess.CompletedProcess[str]:
+    """Run `receiver.py --add-key`."""
+    return command(*RECEIVER, "--add-key", customer, *options)
+
+
+def run_program(folder: Path, program: str, *options: object) -> RunningReceiver:
+    """Save a program that calls receiver.main(), and run it in that folder."""
+    (folder / "program.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    words = [sys.executable, "program.py"]
+    return RunningReceiver(folder, *options, program=words, cwd=folder, env=environment)
 
 
 def post(
@@ -473,7 +519,7 @@ class Load(contextlib.AbstractContextManager["Load"]):
 # Part 1. The protocol
 #
 # How each request is answered, without a network. Most of it is in fixtures/: requests as data,
-# with the reply that is due, which a port to another language can use too.
+# with the reply that is expected, which also serve implementations in other languages.
 # ==================================================================================================
 
 # What the protocol part may use of the standard library.
@@ -509,20 +555,21 @@ def without_speed_sections() -> types.ModuleType:
 
 def test_without_the_sections_about_speed_every_answer_is_the_same() -> None:
     module = without_speed_sections()
-    assert not hasattr(module.parse_head, "__closure__") or module.parse_head.__closure__ is None
+    assert module.parse_head.__closure__ is None  # it is not wrapped in a cache
     for record in [*ACCEPTED.values(), *REFUSED.values()]:
-        for _ in "at first", "and when it is remembered":
+        for _ in range(2):  # the second time from the caches
             fast = ask_record(record, FixtureDestination())
             plain = ask_record(record, FixtureDestination(), module)
-            assert fast[:4] == plain[:4]
-            assert fast.raw == plain.raw
+            assert fast._replace(error=None) == plain._replace(error=None)
 
 
 @cases("record", ACCEPTED)
-def test_an_accepted_request_is_200_and_gives_the_destination_this_call(record: Record) -> None:
+def test_an_accepted_request_gets_a_200_and_the_destination_the_expected_call(
+    record: Record,
+) -> None:
     destination = FixtureDestination()
     reply = ask_record(record, destination)
-    assert reply[:3] == (200, {}, {})
+    assert (reply.status, reply.body, reply.headers) == (200, {}, {})
     call = destination.calls[0][-1]
     assert {name: getattr(call, name) for name in record.call} == record.call
 
@@ -538,15 +585,15 @@ def test_a_refusal_names_the_culprit_and_reaches_no_destination(record: Record) 
     assert destination.calls == []
 
 
-@cases("record", REFUSED)
-def test_a_refused_request_is_not_retried(record: Record) -> None:
+@pytest.mark.parametrize("status", sorted({record.status for record in REFUSED.values()}))
+def test_a_request_that_can_never_succeed_gets_a_status_that_is_not_retried(status: int) -> None:
     retried = {408, 429, *range(500, 600)} - {501, 505}
-    assert ask_record(record, FixtureDestination()).status not in retried
+    assert status not in retried
 
 
 # ---- The ladder ----------------------------------------------------------------------------------
 
-# What makes a request fail at a rung and not before, and the status code, in order of the rungs.
+# One request for each way to leave the ladder, from rung 2 to 11, with the status that it gets.
 LADDER: dict[str, tuple[dict[str, Any], int]] = {
     "an unknown path": ({"target": "/elsewhere"}, 404),
     "an unsupported method": ({"method": "PUT"}, 405),
@@ -574,7 +621,7 @@ LADDER: dict[str, tuple[dict[str, Any], int]] = {
 
 
 @cases("asked, status", LADDER)
-def test_what_to_answer_and_that_only_a_refusal_has_a_message(
+def test_each_rung_has_its_status_and_only_an_error_reply_has_a_message(
     asked: dict[str, Any], status: int
 ) -> None:
     reply = ask(**asked)
@@ -582,25 +629,67 @@ def test_what_to_answer_and_that_only_a_refusal_has_a_message(
     assert list(reply.body) == ([] if status < 300 else ["message"])
 
 
-@pytest.mark.parametrize(("first", "second"), [*itertools.combinations(LADDER, 2)])
-def test_the_earlier_rung_of_the_ladder_answers(first: str, second: str) -> None:
-    asked = {**LADDER[second][0], **LADDER[first][0]}
-    assert ask(**asked).status == LADDER[first][1]
+# Pairs of faults that one request can have, and that have different statuses.
+FAULT_PAIRS = {
+    f"{first} before {second}": (first, second)
+    for first, second in itertools.combinations(LADDER, 2)
+    if not LADDER[first][0].keys() & LADDER[second][0].keys()
+    if LADDER[first][1] != LADDER[second][1]
+    if LADDER[second][0]
+}
+
+
+@cases("first, second", FAULT_PAIRS)
+def test_of_two_faults_the_one_on_the_earlier_rung_is_answered(first: str, second: str) -> None:
+    reply = ask(**LADDER[first][0], **LADDER[second][0])
+    assert reply.status == LADDER[first][1]
+
+
+EXPIRED_IDENTIFY_KEY = one_key(
+    "demo", calls=frozenset({"identify"}), expires="2020-01-01T00:00:00.000Z"
+)
+
+
+@cases(
+    "asked, status",
+    {
+        "an expired key before its missing permission": ({"keys": EXPIRED_IDENTIFY_KEY}, 401),
+        "a malformed body before its unsupported type": ({"body": b'{"type": "juggle", '}, 400),
+        "an unsupported type before a missing user": ({"body": {"type": "juggle"}}, 501),
+        "a missing type before a missing user": ({"body": {}}, 400),
+    },
+)
+def test_of_two_faults_in_one_place_the_one_on_the_earlier_rung_is_answered(
+    asked: dict[str, Any], status: int
+) -> None:
+    assert ask(**asked).status == status
+
+
+CHALLENGE = 'Basic realm="Segment calls", charset="UTF-8"'
 
 
 @cases(
     "asked, headers",
     {
-        "401": ({"authorization": basic("unknown")}, ["WWW-Authenticate"]),
-        "405": ({"method": "PUT"}, ["Allow"]),
-        "415 for a coding": ({"content_encoding": "gzip"}, ["Accept-Encoding"]),
-        "503": ({"maintenance": True}, ["Retry-After"]),
-        "400": ({"body": b"{"}, []),
-        "200": ({}, []),
+        "401": ({"authorization": basic("unknown")}, {"WWW-Authenticate": CHALLENGE}),
+        "405": ({"method": "PUT"}, {"Allow": "POST"}),
+        "405 of the health check": (
+            {"method": "PUT", "target": "/health"},
+            {"Allow": "GET, HEAD"},
+        ),
+        "415 for a Content-Encoding": (
+            {"content_encoding": "gzip"},
+            {"Accept-Encoding": "identity"},
+        ),
+        "503": ({"maintenance": True}, {"Retry-After": "5"}),
+        "400": ({"body": b"{"}, {}),
+        "200": ({}, {}),
     },
 )
-def test_the_headers_that_come_with_a_status(asked: dict[str, Any], headers: list[str]) -> None:
-    assert list(ask(**asked).headers) == headers
+def test_a_401_405_415_or_503_has_a_header_that_says_what_to_do(
+    asked: dict[str, Any], headers: dict[str, str]
+) -> None:
+    assert ask(**asked).headers == headers
 
 
 def test_an_internal_error_is_500_and_tells_the_client_no_details() -> None:
@@ -609,16 +698,27 @@ def test_an_internal_error_is_500_and_tells_the_client_no_details() -> None:
     assert isinstance(reply.error, ZeroDivisionError)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), GeneratorExit()])
-def test_an_exception_that_is_not_an_exception_propagates(error: BaseException) -> None:
-    with pytest.raises(type(error)):
-        ask(destination=Recorder(error))
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_an_exception_that_does_not_derive_from_exception_propagates(
+    kind: type[BaseException],
+) -> None:
+    with pytest.raises(kind):
+        ask(destination=Recorder(kind()))
 
 
-# ---- Rungs 2 to 4 --------------------------------------------------------------------------------
+# ---- Rungs 2 to 4: the path, the method, maintenance ---------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["/x", "/%2F", "*", "", "//", "/health/"])
+@cases(
+    "target",
+    {
+        "an encoded slash": "/%2F",
+        "two slashes": "//",
+        "an empty path": "",
+        "an asterisk": "*",
+        "a trailing slash": "/health/",
+    },
+)
 def test_the_path_is_compared_exactly_as_sent(target: str) -> None:
     assert ask(target=target).status == 404
 
@@ -634,35 +734,29 @@ def test_the_health_check_is_503_in_maintenance(method: str) -> None:
     assert ask(target="/health", method=method, maintenance=True).status == 503
 
 
-def test_405_names_the_methods_that_are_allowed() -> None:
-    assert ask(method="BREW").headers == {"Allow": "POST"}
-    assert ask(method="BREW", target="/health").headers == {"Allow": "GET, HEAD"}
-
-
-def test_who_opens_the_address_in_a_browser_learns_what_it_is() -> None:
+def test_anyone_who_opens_the_address_in_a_browser_is_told_what_it_is() -> None:
     assert "Segment" in ask(method="GET").body["message"]
 
 
 def test_a_very_long_method_is_cut_in_the_message() -> None:
     message = ask(method="X" * 5000).body["message"]
-    assert message.startswith("Method " + "X" * 80 + " is")
-    assert len(message) < 150
-
-
-def test_maintenance_is_503_with_retry_after() -> None:
-    reply = ask(maintenance=True)
-    assert reply[:3] == (503, {"message": "Down for maintenance"}, {"Retry-After": "5"})
+    assert "X" * 80 in message
+    assert "X" * 81 not in message
 
 
 # ---- Rung 5: the API key -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["Basic", "basic", "BASIC", "Basic "])
+@pytest.mark.parametrize("scheme", ["Basic", "basic", "BASIC"])
 def test_the_scheme_is_basic_in_any_case(scheme: str) -> None:
-    assert ask(authorization=scheme + basic("segment").removeprefix("Basic")).status == 200
+    assert ask(authorization=basic("segment").replace("Basic", scheme)).status == 200
 
 
-def test_an_api_key_may_be_any_text() -> None:
+def test_several_spaces_may_follow_the_scheme() -> None:
+    assert ask(authorization=basic("segment").replace(" ", "   ")).status == 200
+
+
+def test_an_api_key_may_contain_non_ascii_characters() -> None:
     keys = {digest("_schlüssel"): receiver.Key("Küche")}
     assert ask(keys=keys, authorization=basic("_schlüssel")).customer == "Küche"
 
@@ -680,21 +774,21 @@ def test_a_key_expires_at_the_moment_that_it_says(expires: str | None, status: i
     assert ask(keys=one_key("demo", expires=expires)).status == status
 
 
-def test_a_401_for_an_expired_key_says_exactly_this_and_knows_the_customer() -> None:
+def test_an_expired_key_gets_the_message_that_segment_documents() -> None:
     reply = ask(authorization=basic("segment-expired"))
-    assert (reply.body, reply.customer) == ({"message": "API token expired"}, "lapsed")
+    assert reply.body == {"message": "API token expired"}
 
 
-def test_401_says_how_to_authenticate() -> None:
-    challenge = 'Basic realm="Segment calls", charset="UTF-8"'
-    assert ask(authorization=None).headers == {"WWW-Authenticate": challenge}
+def test_the_customer_of_an_expired_key_is_known_to_the_log() -> None:
+    assert ask(authorization=basic("segment-expired")).customer == "lapsed"
 
 
 # ---- Rung 6: the headers that describe the body --------------------------------------------------
 
 
-def test_a_body_of_exactly_max_body_bytes_is_accepted() -> None:
-    assert ask(TRACK_JSON.ljust(524_288)).status == 200
+def test_a_body_of_exactly_524_288_bytes_is_accepted() -> None:
+    padded_with_spaces = TRACK_JSON.ljust(524_288)
+    assert ask(padded_with_spaces).status == 200
 
 
 @pytest.mark.parametrize(
@@ -744,6 +838,8 @@ def test_a_content_encoding_of_identity_is_accepted_in_any_case() -> None:
 
 # ---- Rung 7: the body ----------------------------------------------------------------------------
 
+# Inside an object, which is one level, these make 500. Where an empty array stands beside them, the
+# number of brackets exceeds the limit, so that the exact depth must be determined.
 DEEP_ARRAYS = "[" * 499 + "]" * 499
 DEEP_OBJECTS = '{"a":' * 499 + "0" + "}" * 499
 LONG_KEY = "x" * 150
@@ -759,7 +855,7 @@ LONG_KEY = "x" * 150
         ),
         "doubles": (
             '{"a": [-0.0, 1E2, 1.7976931348623157e308]}',
-            {"a": [0.0, 100.0, 1.7976931348623157e308]},
+            {"a": [-0.0, 100.0, 1.7976931348623157e308]},
         ),
         "an integer of 308 digits": ('{"a": ' + "9" * 308 + "}", {"a": int("9" * 308)}),
         "an integer of 309 digits": ('{"a": 1' + "0" * 308 + "}", {"a": 10**308}),
@@ -787,71 +883,82 @@ LONG_KEY = "x" * 150
             {"a_b": [{"c_d": ["eF", {"g_h": None}]}]},
         ),
         "a long key": (f'{{"{LONG_KEY}Y": 1}}', {LONG_KEY + "_y": 1}),
-        "a key that becomes another": ('{"aB": 1, "a_b": 2}', {"aB": 1, "a_b": 2}),
-        "three keys that become one": (
+        "a key whose new name is already taken": ('{"aB": 1, "a_b": 2}', {"aB": 1, "a_b": 2}),
+        "two keys whose new name is already taken": (
             '{"a_b": 2, "aB": 1, "A-B": 3}',
             {"a_b": 2, "aB": 1, "A-B": 3},
         ),
-        "capitals that have no lower case": (
+        # str.isupper() is true of these letters, but str.lower() does not change them.
+        "capital letters without lower case": (
             '{"a_𝐂": 1, "A𝐂": 2, "a𝐂": 3}',
             {"a_𝐂": 1, "A𝐂": 2, "a𝐂": 3},
         ),
-        "two keys that were not snake_case": (
+        "two keys with the same new name, which the first one gets": (
             '{"aB": 1, "A-b": 2, "c": 3}',
             {"a_b": 1, "A-b": 2, "c": 3},
         ),
     },
 )
 def test_json_is_read_with_its_keys_in_snake_case(text: str, value: object) -> None:
-    for _ in "at first", "and when its keys are remembered":
-        assert receiver.parse_json(text.encode(), "It") == value
+    for _ in range(2):  # the second time from the caches
+        found = receiver.parse_json(text.encode(), "It")
+        assert repr(found) == repr(value)  # `==` would not tell 7 from 7.0, or 0.0 from -0.0
 
 
-@pytest.mark.parametrize(
+@cases(
     "data",
-    [
-        b"",
-        b" ",
-        b"{",
-        b"{} {}",
-        b"{}X",
-        b"{'a': 1}",
-        b'{"a": 1,}',
-        b'{"a": 01}',
-        b'{"a": .5}',
-        b'{"a": +1}',
-        b'{"a": 0x1}',
-        b'{"a": NaN}',
-        b'{"a": -Infinity}',
-        b'{"a": Infinity}',
-        b'{"a": 1e400}',
-        b'{"a": -1e400}',
-        b'{"a": 9' + b"9" * 308 + b"}",
-        b'{"a": ' + b"9" * 5000 + b"}",
-        b'{"a": "\t"}',
-        rb'{"a": "\ud800"}',
-        rb'{"\udc00": 1}',
-        rb'{"a": "\x41"}',
-        b"\xef\xbb\xbf{}",
-        b"\xc2\xa0{}",
-        b"// no\n{}",
-        f'{{"b": [], "a": [{DEEP_ARRAYS}]}}'.encode(),
-        f'{{"a": [{DEEP_OBJECTS}]}}'.encode(),
-        b"[" * 501,
-        b'{"a":' * 501,
-        b'"\xff"',
-        b'{"a": "\xed\xa0\x80"}',
-        b'{"a": "\xc0\xaf"}',
-        '{"a": 1}'.encode("utf-16"),
-        b"{\0}\0",
-    ],
-    ids=lambda data: repr(data)[1:30],
+    {
+        "nothing": b"",
+        "a space": b" ",
+        "an open object": b"{",
+        "two objects": b"{} {}",
+        "a letter after an object": b"{}X",
+        "single quotes": b"{'a': 1}",
+        "a trailing comma": b'{"a": 1,}',
+        "a leading zero": b'{"a": 01}',
+        "no digit before the point": b'{"a": .5}',
+        "a plus sign": b'{"a": +1}',
+        "a hexadecimal number": b'{"a": 0x1}',
+        "NaN": b'{"a": NaN}',
+        "-Infinity": b'{"a": -Infinity}',
+        "Infinity": b'{"a": Infinity}',
+        "a tab in a string": b'{"a": "\t"}',
+        "an unknown escape": rb'{"a": "\x41"}',
+        "a no-break space": b"\xc2\xa0{}",
+        "a comment": b"// no\n{}",
+        "brackets without end": b"[" * 501,
+        "objects without end": b'{"a":' * 501,
+        "a byte that is not UTF-8": b'"\xff"',
+        "a surrogate in UTF-8": b'{"a": "\xed\xa0\x80"}',
+        "an overlong slash in UTF-8": b'{"a": "\xc0\xaf"}',
+        "UTF-16": '{"a": 1}'.encode("utf-16"),
+        "UTF-16 without a byte-order mark": b"{\0}\0",
+    },
 )
-def test_nothing_beyond_rfc_8259_in_utf_8_is_read(data: bytes) -> None:
-    with pytest.raises(receiver.Refusal) as refused:
+def test_what_is_not_json_in_utf_8_is_refused(data: bytes) -> None:
+    with pytest.raises(receiver.Refusal, match="It must ") as refused:
         receiver.parse_json(data, "It")
     assert refused.value.status == 400
-    assert refused.value.message.startswith("It must ")
+
+
+@cases(
+    "data",
+    {
+        "a double that overflows": b'{"a": 1e400}',
+        "a negative double that overflows": b'{"a": -1e400}',
+        "an integer of 309 digits that overflows": b'{"a": 9' + b"9" * 308 + b"}",
+        "an integer of 5000 digits": b'{"a": ' + b"9" * 5000 + b"}",
+        "an unpaired surrogate in a value": rb'{"a": "\ud800"}',
+        "an unpaired surrogate in a key": rb'{"\udc00": 1}',
+        "a byte-order mark": b"\xef\xbb\xbf{}",
+        "arrays, 501 levels deep": f'{{"b": [], "a": [{DEEP_ARRAYS}]}}'.encode(),
+        "objects, 501 levels deep": f'{{"a": [{DEEP_OBJECTS}]}}'.encode(),
+    },
+)
+def test_json_that_other_programs_could_not_read_is_refused(data: bytes) -> None:
+    with pytest.raises(receiver.Refusal, match="It must ") as refused:
+        receiver.parse_json(data, "It")
+    assert refused.value.status == 400
 
 
 @cases(
@@ -863,27 +970,35 @@ def test_nothing_beyond_rfc_8259_in_utf_8_is_read(data: bytes) -> None:
         "at the end": (b'{"a": 1', 8),
     },
 )
-def test_a_syntax_error_is_located_in_the_body_as_it_was_sent(data: bytes, position: int) -> None:
+def test_a_syntax_error_is_located_by_its_character_counted_from_1(
+    data: bytes, position: int
+) -> None:
     with pytest.raises(receiver.Refusal) as refused:
         receiver.parse_json(data, "It")
     assert refused.value.message.endswith(f" at character {position}")
 
 
-@pytest.mark.parametrize(
+@cases(
     "text",
-    ["[" * 400_000, '{"a":' * 100_000, '"' + r"\"" * 200_000, r"\"" * 200_000, "]" * 400_000],
+    {
+        "opening brackets": "[" * 400_000,
+        "closing brackets": "]" * 400_000,
+        "nested objects": '{"a":' * 100_000,
+        "escaped quotation marks in a string": '"' + r"\"" * 200_000,
+        "escaped quotation marks": r"\"" * 200_000,
+    },
 )
-def test_the_nesting_depth_of_any_text_is_found_in_linear_time(text: str) -> None:
+def test_the_nesting_depth_of_half_a_megabyte_is_found_within_a_second(text: str) -> None:
     started = time.monotonic()
     receiver.nesting_depth(text)
     assert time.monotonic() - started < 1
 
 
-CRASH = """
+PARSE_WITH_A_SMALL_STACK = """
 import base64, sys, threading
 import receiver
 threading.stack_size(int(sys.argv[1]))
-def parse():
+def run():
     for data in (b"[" * 8000, b'{"a":' * 8000):
         encoded = base64.b64encode(data).decode()
         for parse, argument in ((receiver.parse_body, data), (receiver.parse_settings, encoded)):
@@ -891,7 +1006,7 @@ def parse():
                 parse(argument)
             except receiver.Refusal as refusal:
                 print(refusal.status)
-thread = threading.Thread(target=parse)
+thread = threading.Thread(target=run)
 thread.start()
 thread.join()
 """
@@ -899,7 +1014,7 @@ thread.join()
 
 @pytest.mark.parametrize("stack_size", [131_072, 1_048_576])
 def test_deep_nesting_does_not_overflow_a_small_stack(stack_size: int) -> None:
-    done = command(sys.executable, "-c", CRASH, stack_size)
+    done = command(sys.executable, "-c", PARSE_WITH_A_SMALL_STACK, stack_size)
     assert (done.returncode, done.stdout.split()) == (0, ["400"] * 4), done
 
 
@@ -935,9 +1050,13 @@ def test_deep_nesting_does_not_overflow_a_small_stack(stack_size: int) -> None:
         ("XMLHttp", "xml_http"),
     ],
 )
-def test_a_key_is_brought_to_snake_case(key: str, name: str) -> None:
+def test_a_key_is_converted_to_snake_case(key: str, name: str) -> None:
     assert receiver.snake_case(key) == name
-    assert receiver.snake_case(name) == name
+
+
+@pytest.mark.parametrize("key", ["user_id", "utm2_source", "$set", "_id", "a__b", "größe_max", ""])
+def test_a_key_in_snake_case_is_left_alone(key: str) -> None:
+    assert receiver.snake_case(key) == key
 
 
 @on_linux
@@ -945,7 +1064,7 @@ def test_a_flood_of_keys_does_not_fill_the_memory(running: RunningReceiver) -> N
     with TlsClient(running) as client:
         before = running.memory_mb()
         for style in ("k{}", "kA{}", "long" * 40 + "{}", "Long" * 40 + "{}"):
-            for repeat in range(8):
+            for repeat in range(20):  # without limits, the caches would grow by some 60 MB
                 keys = {style.format(f"{repeat}x{number}"): 0 for number in range(2500)}
                 assert client.status(request({**TRACK, "properties": keys})) == 200
     assert running.memory_mb() - before < 40
@@ -957,26 +1076,25 @@ def test_a_flood_of_keys_does_not_fill_the_memory(running: RunningReceiver) -> N
 @cases(
     "call, arguments",
     {
-        "identify": ({"traits": {"t": 1}}, ("u", {"t": 1})),
-        "track": ({"event": "e", "properties": {"p": 1}}, ("u", "e", {"p": 1})),
-        "page": ({"name": "n", "properties": {"p": 1}}, ("u", "n", {"p": 1})),
-        "group": ({"group_id": "g", "traits": {"t": 1}}, ("u", "g", {"t": 1})),
-        "delete": ({}, ("u",)),
-        "screen": ({"name": "n", "properties": {"p": 1}}, ("u", "n", {"p": 1})),
-        "alias": ({"previous_id": "b"}, ("u", "b")),
+        "identify": ({"type": "identify", "traits": {"t": 1}}, ("u", {"t": 1})),
+        "track": ({"type": "track", "event": "e", "properties": {"p": 1}}, ("u", "e", {"p": 1})),
+        "page": ({"type": "page", "name": "n", "properties": {"p": 1}}, ("u", "n", {"p": 1})),
+        "group": ({"type": "group", "group_id": "g", "traits": {"t": 1}}, ("u", "g", {"t": 1})),
+        "delete": ({"type": "delete"}, ("u",)),
+        "screen": ({"type": "screen", "name": "n", "properties": {"p": 1}}, ("u", "n", {"p": 1})),
+        "alias": ({"type": "alias", "previous_id": "b"}, ("u", "b")),
     },
 )
-def test_a_handler_receives_the_arguments_of_the_table_and_then_the_whole_call(
-    call: dict[str, Any], arguments: tuple[Any, ...], request: pytest.FixtureRequest
+def test_a_handler_receives_its_arguments_and_then_the_whole_call(
+    call: dict[str, Any], arguments: tuple[Any, ...]
 ) -> None:
-    call_type = request.node.callspec.id
-    *received, whole = handler_arguments({"type": call_type, "user_id": "u", **call})
+    *received, whole = handler_arguments({"user_id": "u", **call})
     assert tuple(received) == arguments
-    assert whole.type == call_type
+    assert whole.type == call["type"]
 
 
 class OnlyTrack(receiver.Destination):
-    """A destination with a single handler, and an attribute that is not one."""
+    """A destination with one handler, and two attributes that are not handlers."""
 
     secret = print
     page = None
@@ -985,8 +1103,18 @@ class OnlyTrack(receiver.Destination):
         pass
 
 
-@pytest.mark.parametrize("call_type", ["identify", "page", "secret", "close", "__init__", ""])
-def test_every_type_without_a_method_is_501(call_type: str) -> None:
+@cases(
+    "call_type",
+    {
+        "a type without a method": "identify",
+        "a type whose method is None": "page",
+        "an attribute that is not a type": "secret",
+        "a method that is not a type": "close",
+        "a special method": "__init__",
+        "empty text": "",
+    },
+)
+def test_a_type_that_the_destination_does_not_support_is_501(call_type: str) -> None:
     assert ask({"type": call_type, "user_id": "u"}, destination=OnlyTrack()).status == 501
 
 
@@ -1022,7 +1150,7 @@ def test_a_sample_call_has_its_fields_as_attributes_and_is_whole_in_raw(name: st
 
 
 def test_a_call_knows_its_customer_its_settings_and_the_size_of_its_body() -> None:
-    encoded = "eyJjdXN0b21TZXR0aW5nT25lIjoiY3VzdG9tIHNldHRpbmcgdmFsdWUifQ=="
+    encoded = base64.b64encode(b'{"customSettingOne": "custom setting value"}').decode()
     call = handler_arguments(x_segment_settings=encoded)[-1]
     assert call.customer == "demo"
     assert call.settings == {"custom_setting_one": "custom setting value"}
@@ -1030,7 +1158,7 @@ def test_a_call_knows_its_customer_its_settings_and_the_size_of_its_body() -> No
 
 
 @pytest.mark.parametrize("name", ["customer", "settings", "raw", "size", "outcome"])
-def test_a_field_that_nobody_knows_is_only_in_raw(name: str) -> None:
+def test_a_sender_cannot_set_an_attribute_of_the_call_that_is_not_a_field(name: str) -> None:
     call = handler_arguments({**TRACK, name: "x"})[-1]
     assert getattr(call, name) != "x"
     assert call.raw[name] == "x"
@@ -1042,7 +1170,10 @@ def test_two_calls_do_not_share_an_absent_object(name: str) -> None:
     assert getattr(handler_arguments()[-1], name) == {}
 
 
-@pytest.mark.parametrize("absent", [{}, {"message_id": None}, {"message_id": ""}])
+@cases(
+    "absent",
+    {"missing": {}, "null": {"message_id": None}, "empty": {"message_id": ""}},
+)
 def test_a_missing_message_id_becomes_a_fresh_uuid(absent: dict[str, Any]) -> None:
     first = handler_arguments({**TRACK, **absent})[-1].message_id
     second = handler_arguments({**TRACK, **absent})[-1].message_id
@@ -1050,7 +1181,7 @@ def test_a_missing_message_id_becomes_a_fresh_uuid(absent: dict[str, Any]) -> No
     assert first != second
 
 
-WHOLE_CALL = {"user_id": "u1", "event": "e", "group_id": "g", "previous_id": "p"}
+FIELDS_FOR_EVERY_TYPE = {"user_id": "u1", "event": "e", "group_id": "g", "previous_id": "p"}
 NOT_AN_ID = [True, 1.5, [], {}, "a\0b"]
 NOT_TEXT = [True, 7, [], {}]
 NOT_AN_OBJECT = [True, 7, "x", [1]]
@@ -1078,24 +1209,28 @@ def test_an_invalid_field_is_400_in_the_types_that_use_it_and_ignored_elsewhere(
 ) -> None:
     values, refusing = INVALID[field]
     for value in values:
-        reply = ask({**WHOLE_CALL, "type": call_type, field: value})
+        reply = ask({**FIELDS_FOR_EVERY_TYPE, "type": call_type, field: value})
         assert reply.status == (400 if call_type in refusing else 200)
-        assert reply.body.get("message", field).startswith(field)
+        if reply.status == 400:
+            assert reply.body["message"].startswith(field)
 
 
-@pytest.mark.parametrize("value", [None, 7, "x", "", [], [1], {}, True])
+@pytest.mark.parametrize("value", [None, 7, "x", "", [], [1], {}, True], ids=repr)
 @pytest.mark.parametrize(
     "field",
     ["context", "integrations", "sent_at", "received_at", "original_timestamp", "version", "other"],
 )
-def test_these_fields_never_refuse_a_call_and_stay_in_raw(field: str, value: Any) -> None:
-    assert handler_arguments({**TRACK, field: value})[-1].raw[field] == value
+def test_no_value_of_these_fields_is_refused_and_each_stays_in_raw(field: str, value: Any) -> None:
+    reply = ask({**TRACK, field: value})
+    assert reply.status == 200
+    assert reply.raw[field] == value
 
 
 @pytest.mark.parametrize("field", ["sent_at", "received_at", "original_timestamp"])
-def test_a_time_that_is_not_needed_is_in_utc_or_absent(field: str) -> None:
+def test_an_optional_time_is_converted_to_utc_or_ignored(field: str) -> None:
+    with_a_stray_colon = "2026-10-16T16:00:27.957:Z"
     valid = handler_arguments({**TRACK, field: "2026-01-15T01:30:08+02:00"})[-1]
-    invalid = handler_arguments({**TRACK, field: "2026-10-16T16:00:27.957:Z"})[-1]
+    invalid = handler_arguments({**TRACK, field: with_a_stray_colon})[-1]
     assert getattr(valid, field) == "2026-01-14T23:30:08.000Z"
     assert getattr(invalid, field) is None
 
@@ -1114,7 +1249,9 @@ DAY_3 = "2026-01-03T00:00:00.000Z"
         "else now": ({"original_timestamp": 5, "received_at": DAY_1}, NOW),
     },
 )
-def test_what_a_call_is_dated_by(times: dict[str, Any], timestamp: str) -> None:
+def test_a_call_is_dated_by_its_timestamp_or_the_best_substitute(
+    times: dict[str, Any], timestamp: str
+) -> None:
     assert handler_arguments({**TRACK, **times})[-1].timestamp == timestamp
 
 
@@ -1122,16 +1259,18 @@ def test_what_a_call_is_dated_by(times: dict[str, Any], timestamp: str) -> None:
 
 
 @pytest.mark.parametrize(("result", "status"), [(None, 200), (200, 200), (202, 202), (200.0, 200)])
-def test_a_handler_returns_nothing_for_200_or_202(result: Any, status: int) -> None:
+def test_a_handler_returns_none_or_200_for_a_200_and_202_for_a_202(
+    result: Any, status: int
+) -> None:
     reply = ask(destination=Recorder(result))
     assert (reply.status, type(reply.status)) == (status, int)
 
 
-@pytest.mark.parametrize("result", ["x", 404, False, 201, {}])
-def test_any_other_result_is_500(result: Any) -> None:
+@pytest.mark.parametrize("result", ["x", 404, False, 201, {}], ids=repr)
+def test_a_handler_that_returns_anything_else_gets_a_500(result: Any) -> None:
     reply = ask(destination=Recorder(result))
     assert reply.status == 500
-    assert "must return None, 200 or 202" in str(reply.error)
+    assert isinstance(reply.error, TypeError)
 
 
 @pytest.mark.parametrize("status", [400, 422, 429, 503, 599])
@@ -1142,7 +1281,7 @@ def test_a_handler_refuses_with_its_own_status_and_message(status: int) -> None:
 
 @pytest.mark.parametrize("status", [200, 399, 600])
 def test_a_refusal_has_a_status_from_400_to_599(status: int) -> None:
-    with pytest.raises(ValueError, match=f"^status must be from 400 to 599, not {status}$"):
+    with pytest.raises(ValueError, match=f"not {status}$"):
         receiver.Refusal(status, "No")
 
 
@@ -1165,7 +1304,7 @@ class CustomRefusal(receiver.Refusal):
         "headers that are None": ({"status": 422, "headers": None}, 422, "Internal error"),
     },
 )
-def test_a_subclass_of_refusal_is_always_a_reply(
+def test_a_refusal_with_unusual_attributes_still_gets_a_reply(
     attributes: dict[str, Any], status: int, message: str
 ) -> None:
     reply = ask(destination=Recorder(CustomRefusal(**attributes)))
@@ -1175,28 +1314,30 @@ def test_a_subclass_of_refusal_is_always_a_reply(
 # ==================================================================================================
 # Part 2. Storing calls
 #
-# First the transactions that waiting calls share, then what the default store keeps, and that a 200
-# is a promise. Most of it needs a file and no network; crashes need processes that are killed.
+# First the transactions that waiting calls share, then what the default store keeps, and last the
+# promise that a 200 makes. Most of it needs files, but no network; crashes need processes.
 # ==================================================================================================
 
 # ---- GroupCommit ---------------------------------------------------------------------------------
 
 
 class Batches(receiver.GroupCommit):
-    """A GroupCommit that records its batches, and whose writer waits until it may go on."""
+    """A GroupCommit that records its batches. Clearing `go_on` holds up its writer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.batches: list[list[str]] = []
+        self.batches: list[list[str]] = []  # the message_ids of each batch
         self.events: list[str] = []
         self.go_on = threading.Event()
         self.go_on.set()
-        self.faults: dict[str, BaseException] = {}
+        self.open_error: Exception | None = None
+        self.errors: dict[str, BaseException] = {}  # that `write` raises for a message_id
+        self.refusals: dict[str, receiver.Refusal] = {}  # in place of the outcome of a message_id
 
     def open(self) -> None:
         self.events.append("open")
-        if "open" in self.faults:
-            raise self.faults["open"]
+        if self.open_error:
+            raise self.open_error
 
     def shut(self) -> None:
         self.events.append("shut")
@@ -1205,18 +1346,13 @@ class Batches(receiver.GroupCommit):
         self, calls: Sequence[receiver.Call]
     ) -> Sequence[receiver.Outcome | receiver.Refusal]:
         ids = [call.message_id for call in calls]
+        self.events.append("write")
         self.batches.append(ids)
         assert self.go_on.wait(20)
-        outcomes: list[receiver.Outcome | receiver.Refusal] = []
         for message_id in ids:
-            fault = self.faults.get(message_id)
-            if isinstance(fault, receiver.Refusal) and message_id.startswith("alone"):
-                outcomes.append(fault)
-            elif fault:
-                raise fault
-            else:
-                outcomes.append(receiver.Outcome.stored)
-        return outcomes
+            if message_id in self.errors:
+                raise self.errors[message_id]
+        return [self.refusals.get(message_id, receiver.Outcome.stored) for message_id in ids]
 
     def screen(self, *arguments: Any) -> None:
         return self.submit(arguments[-1])
@@ -1241,19 +1377,31 @@ def send_track(destination: receiver.Destination, message_id: str, **fields: Any
     return ask({**TRACK, "message_id": message_id, **fields}, destination=destination)
 
 
+def queue_call(
+    batches: Batches, pool: ThreadPoolExecutor, message_id: str, **fields: Any
+) -> Future[receiver.Reply]:
+    """Send a track call while the writer is busy, and wait until it is queued."""
+    length = len(batches._queue)
+    reply = pool.submit(send_track, batches, message_id, **fields)
+    wait_until(lambda: len(batches._queue) > length)
+    return reply
+
+
+def hold_up_writer(batches: Batches, pool: ThreadPoolExecutor) -> Future[receiver.Reply]:
+    """Send a call, and keep the writer busy with it until `go_on` is set."""
+    batches.go_on.clear()
+    reply = pool.submit(send_track, batches, "first")
+    wait_until(lambda: batches.batches)
+    return reply
+
+
 def send_batch(
     batches: Batches, pool: ThreadPoolExecutor, message_ids: list[str]
 ) -> list[receiver.Reply]:
-    """The replies to calls that the writer stores in one batch, after a call that holds it up."""
-    batches.go_on.clear()
-    first = pool.submit(send_track, batches, "first")
-    wait_until(lambda: batches.batches)
-    replies = []
-    for number, message_id in enumerate(message_ids, 1):
-        replies.append(pool.submit(send_track, batches, message_id))
-        wait_until(lambda number=number: len(batches._queue) == number)  # type: ignore[misc]
+    """Send these calls while the writer is busy with `first`, so that they form one batch."""
+    hold_up_writer(batches, pool)
+    replies = [queue_call(batches, pool, message_id) for message_id in message_ids]
     batches.go_on.set()
-    assert first.result().status == 200
     return [reply.result() for reply in replies]
 
 
@@ -1265,41 +1413,53 @@ def test_calls_that_wait_at_the_same_moment_are_one_batch_in_their_order(
     assert batches.batches == [["first"], ["a", "b", "c"]]
 
 
-def test_the_writer_starts_with_the_first_call_and_opens_and_shuts_around_all_others() -> None:
+def test_open_runs_before_the_first_write_and_shut_after_the_last() -> None:
     destination = Batches()
-    assert destination.events == []
     send_track(destination, "a")
     send_track(destination, "b")
     destination.close()
-    assert destination.events == ["open", "shut"]
+    assert destination.events == ["open", "write", "write", "shut"]
 
 
-def test_a_destination_that_never_got_a_call_is_neither_opened_nor_shut() -> None:
+def test_the_first_call_starts_the_writer(batches: Batches) -> None:
+    assert not batches._writer.is_alive()
+    send_track(batches, "a")
+    assert batches._writer.is_alive()
+
+
+def test_a_destination_without_calls_is_neither_opened_nor_shut() -> None:
     destination = Batches()
     destination.close()
     assert destination.events == []
 
 
-@pytest.mark.parametrize("call_type", ["identify", "track", "page", "group", "delete", "screen"])
+@pytest.mark.parametrize("call_type", ["identify", "track", "page", "group", "delete"])
 def test_group_commit_supports_these_types(batches: Batches, call_type: str) -> None:
-    call = {**WHOLE_CALL, "type": call_type, "message_id": "a"}
-    assert ask(call, destination=batches)[::5] == (200, "stored")
+    call = {**FIELDS_FOR_EVERY_TYPE, "type": call_type, "message_id": "a"}
+    reply = ask(call, destination=batches)
+    assert (reply.status, reply.outcome) == (200, "stored")
+
+
+def test_a_subclass_adds_a_type_by_submitting_the_call(batches: Batches) -> None:
+    reply = ask({"type": "screen", "user_id": "u1"}, destination=batches)
+    assert (reply.status, reply.outcome) == (200, "stored")
 
 
 def test_a_refusal_in_place_of_an_outcome_refuses_that_call_alone(
     batches: Batches, pool: ThreadPoolExecutor
 ) -> None:
-    batches.faults["alone"] = receiver.Refusal(422, "Too long", {"X-Why": "length"})
-    one, refused, other = send_batch(batches, pool, ["a", "alone", "b"])
+    batches.refusals["long"] = receiver.Refusal(422, "Too long", {"X-Why": "length"})
+    one, refused, other = send_batch(batches, pool, ["a", "long", "b"])
     assert (one.status, other.status) == (200, 200)
-    assert refused[:3] == (422, {"message": "Too long"}, {"X-Why": "length"})
-    assert batches.batches == [["first"], ["a", "alone", "b"]]
+    assert (refused.status, refused.body) == (422, {"message": "Too long"})
+    assert refused.headers == {"X-Why": "length"}
+    assert batches.batches == [["first"], ["a", "long", "b"]]
 
 
 def test_a_refusal_that_write_raises_refuses_the_whole_batch(
     batches: Batches, pool: ThreadPoolExecutor
 ) -> None:
-    batches.faults["away"] = receiver.Refusal(503, "The database is away")
+    batches.errors["away"] = receiver.Refusal(503, "The database is down")
     replies = send_batch(batches, pool, ["a", "away", "b"])
     assert {reply.status for reply in replies} == {503}
     assert batches.batches == [["first"], ["a", "away", "b"]]
@@ -1308,18 +1468,18 @@ def test_a_refusal_that_write_raises_refuses_the_whole_batch(
 def test_after_any_other_exception_each_call_is_written_again_alone(
     batches: Batches, pool: ThreadPoolExecutor
 ) -> None:
-    batches.faults["poisoned"] = ZeroDivisionError("no")
+    batches.errors["poisoned"] = ZeroDivisionError("no")
     one, poisoned, other = send_batch(batches, pool, ["a", "poisoned", "b"])
     assert (one.status, poisoned.status, other.status) == (200, 500, 200)
     assert isinstance(poisoned.error, ZeroDivisionError)
     assert batches.batches == [["first"], ["a", "poisoned", "b"], ["a"], ["poisoned"], ["b"]]
 
 
-def test_what_a_call_raises_alone_may_be_a_refusal_of_its_own(
+def test_a_call_that_is_written_again_alone_may_be_refused(
     batches: Batches, pool: ThreadPoolExecutor
 ) -> None:
-    batches.faults["poisoned"] = ZeroDivisionError("no")
-    batches.faults["long"] = receiver.Refusal(400, "Too long")
+    batches.errors["poisoned"] = ZeroDivisionError("no")
+    batches.errors["long"] = receiver.Refusal(400, "Too long")
     replies = send_batch(batches, pool, ["poisoned", "long"])
     assert [reply.status for reply in replies] == [500, 400]
 
@@ -1328,7 +1488,7 @@ def test_a_write_that_returns_too_few_outcomes_is_500(batches: Batches) -> None:
     batches.write = lambda calls: []  # type: ignore[method-assign]
     reply = send_track(batches, "a")
     assert reply.status == 500
-    assert "0 outcomes for 1 calls" in str(reply.error)
+    assert isinstance(reply.error, TypeError)
 
 
 def test_a_write_that_returns_nothing_is_500_and_the_writer_goes_on(batches: Batches) -> None:
@@ -1340,29 +1500,27 @@ def test_a_write_that_returns_nothing_is_500_and_the_writer_goes_on(batches: Bat
 
 
 @cases(
-    "fault, status",
+    "error, status",
     {
-        "a refusal": (receiver.Refusal(503, "The database is away"), 503),
-        "anything else": (OSError("away"), 503),
+        "a refusal, which is the reply": (receiver.Refusal(507, "No space"), 507),
+        "any other exception, which is 503": (OSError("down"), 503),
     },
 )
 def test_a_destination_that_cannot_be_opened_is_opened_again_for_the_next_batch(
-    batches: Batches, fault: Exception, status: int
+    batches: Batches, error: Exception, status: int
 ) -> None:
-    batches.faults["open"] = fault
+    batches.open_error = error
     assert send_track(batches, "a").status == status
-    del batches.faults["open"]
+    batches.open_error = None
     assert send_track(batches, "b").status == 200
-    assert batches.events == ["open", "open"]
+    assert batches.events.count("open") == 2
     assert batches.batches == [["b"]]
 
 
-def test_a_call_that_waited_too_long_is_503_and_is_not_written_any_more(
+def test_a_call_that_waited_too_long_is_503_and_is_never_written(
     batches: Batches, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batches.go_on.clear()
-    first = pool.submit(send_track, batches, "first")
-    wait_until(lambda: batches.batches)
+    first = hold_up_writer(batches, pool)
     monkeypatch.setattr(receiver, "STORE_TIMEOUT", 0.05)
     assert send_track(batches, "late").status == 503
     batches.go_on.set()
@@ -1372,29 +1530,34 @@ def test_a_call_that_waited_too_long_is_503_and_is_not_written_any_more(
     assert batches.batches == [["first"], ["next"]]
 
 
-def test_no_call_of_a_failed_batch_is_written_again_after_its_time(
+def test_no_call_of_a_failed_batch_is_written_again_after_its_deadline(
     batches: Batches, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batches.go_on.clear()
-    first = pool.submit(send_track, batches, "first")
-    wait_until(lambda: batches.batches)
-    batches.faults["poisoned"] = ZeroDivisionError("no")
+    first = hold_up_writer(batches, pool)
+    batches.errors["poisoned"] = ZeroDivisionError("no")
     monkeypatch.setattr(receiver, "STORE_TIMEOUT", 1.0)
-    late = [pool.submit(send_track, batches, name) for name in ("a", "poisoned")]
-    wait_until(lambda: len(batches._queue) == 2)
+    late = [queue_call(batches, pool, name) for name in ("a", "poisoned")]
     batches.go_on.set()
-    batches.go_on.clear()
+    batches.go_on.clear()  # so only the write that waits goes on, and the next one is held up
     wait_until(lambda: len(batches.batches) == 2)
     assert {reply.result().status for reply in late} == {503}
     batches.go_on.set()
     assert first.result().status == 200
     monkeypatch.undo()
     assert send_track(batches, "next").status == 200
-    assert len(batches.batches) == 3
+    assert batches.batches == [["first"], ["a", "poisoned"], ["next"]]
 
 
-def test_the_sender_gets_its_503_before_it_gives_up() -> None:
+def test_the_time_limits_fit_into_the_five_seconds_that_the_sender_waits() -> None:
     assert 2 * receiver.LOCK_TIMEOUT < receiver.STORE_TIMEOUT < 5
+
+
+def send_at_once(destination: receiver.Destination, message_id: str, **fields: Any) -> int:
+    """The status of a call that is answered without waiting for the writer."""
+    started = time.monotonic()
+    status = send_track(destination, message_id, **fields).status
+    assert time.monotonic() - started < 2
+    return status
 
 
 def test_at_most_1000_calls_wait(
@@ -1402,31 +1565,35 @@ def test_at_most_1000_calls_wait(
 ) -> None:
     assert receiver.MAX_WAITING_CALLS == 1000
     monkeypatch.setattr(receiver, "MAX_WAITING_CALLS", 2)
-    batches.go_on.clear()
-    accepted = [pool.submit(send_track, batches, "first")]
-    wait_until(lambda: batches.batches)
-    for number in range(2):
-        accepted.append(pool.submit(send_track, batches, f"m{number}"))
-        wait_until(lambda number=number: len(batches._queue) == number + 1)  # type: ignore[misc]
-    assert send_track(batches, "one too many").status == 503
+    hold_up_writer(batches, pool)
+    accepted = [queue_call(batches, pool, name) for name in ("a", "b")]
+    assert send_at_once(batches, "one too many") == 503
     batches.go_on.set()
     assert {reply.result().status for reply in accepted} == {200}
 
 
-def test_at_most_16_mb_of_bodies_wait_but_a_single_longer_one_may(
+def test_at_most_16_mb_of_bodies_wait(
     batches: Batches, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert receiver.MAX_WAITING_BYTES == 16_000_000
     monkeypatch.setattr(receiver, "MAX_WAITING_BYTES", 400)
-    batches.go_on.clear()
-    accepted = [pool.submit(send_track, batches, "first")]
-    wait_until(lambda: batches.batches)
-    accepted.append(pool.submit(send_track, batches, "long", note="x" * 1000))
-    wait_until(lambda: batches._queue)
-    assert send_track(batches, "one too many").status == 503
+    hold_up_writer(batches, pool)
+    accepted = [queue_call(batches, pool, name, note="x" * 100) for name in ("a", "b")]
+    assert send_at_once(batches, "one too many", note="x" * 100) == 503
     batches.go_on.set()
     assert {reply.result().status for reply in accepted} == {200}
     assert send_track(batches, "next").status == 200
+
+
+def test_a_single_call_of_any_size_may_wait(
+    batches: Batches, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiver, "MAX_WAITING_BYTES", 400)
+    hold_up_writer(batches, pool)
+    long = queue_call(batches, pool, "long", note="x" * 1000)
+    assert send_at_once(batches, "one too many") == 503
+    batches.go_on.set()
+    assert long.result().status == 200
 
 
 def test_the_last_batch_is_not_kept_in_memory(batches: Batches) -> None:
@@ -1450,27 +1617,25 @@ def test_the_last_batch_is_not_kept_in_memory(batches: Batches) -> None:
     wait_until(is_gone)
 
 
-def test_close_writes_what_was_accepted(batches: Batches, pool: ThreadPoolExecutor) -> None:
-    batches.go_on.clear()
-    replies = [pool.submit(send_track, batches, "a")]
-    wait_until(lambda: batches.batches)
-    replies.append(pool.submit(send_track, batches, "b"))
-    wait_until(lambda: batches._queue)
+def test_close_waits_until_the_accepted_calls_are_written_and_refuses_new_ones(
+    batches: Batches, pool: ThreadPoolExecutor
+) -> None:
+    first = hold_up_writer(batches, pool)
+    second = queue_call(batches, pool, "second")
     closing = pool.submit(batches.close)
     wait_until(lambda: batches._closing)
-    assert send_track(batches, "too late").status == 503
+    assert send_at_once(batches, "too late") == 503
+    assert not closing.done()
     batches.go_on.set()
     closing.result()
-    assert {reply.result().status for reply in replies} == {200}
-    assert batches.batches == [["a"], ["b"]]
+    assert (first.result().status, second.result().status) == (200, 200)
+    assert batches.batches == [["first"], ["second"]]
 
 
 def test_close_does_not_wait_forever_for_a_write_that_hangs(
     batches: Batches, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batches.go_on.clear()
-    pool.submit(send_track, batches, "a")
-    wait_until(lambda: batches.batches)
+    hold_up_writer(batches, pool)
     monkeypatch.setattr(receiver, "STORE_TIMEOUT", 0.1)
     started = time.monotonic()
     batches.close()
@@ -1478,18 +1643,16 @@ def test_close_does_not_wait_forever_for_a_write_that_hangs(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_destination_whose_writer_ended_unasked_has_failed_and_is_503_at_once(
+def test_a_destination_whose_writer_has_died_has_failed_and_answers_503_at_once(
     batches: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(receiver, "STORE_TIMEOUT", 0.5)
     assert not batches.failed
-    batches.faults["a"] = SystemExit(1)
+    batches.errors["a"] = SystemExit(1)
     assert send_track(batches, "a").status == 503
     wait_until(lambda: batches.failed)
     monkeypatch.undo()
-    started = time.monotonic()
-    assert send_track(batches, "b").status == 503
-    assert time.monotonic() - started < 1
+    assert send_at_once(batches, "b") == 503
 
 
 # ---- The default store ---------------------------------------------------------------------------
@@ -1512,9 +1675,9 @@ class FileStore(receiver.Store):
         call = {"type": call_type, "user_id": user_id, **fields}
         return ask(call, destination=self, keys=one_key(customer))
 
-    def select(self, query: str) -> list[Any]:
-        """What `select` and the query find."""
-        return rows(self.path, "select " + query)
+    def find(self, query: str) -> list[Any]:
+        """The rows that a query finds."""
+        return rows(self.path, query)
 
 
 @pytest.fixture
@@ -1536,13 +1699,13 @@ def identify(**fields: Any) -> dict[str, Any]:
     return {"call_type": "identify", **fields}
 
 
-NEWER = identify(
-    timestamp=DAY_2, traits={"plan": "team", "email": "a@example.com", "tags": {"c": 3}}
-)
-NEWEST = identify(timestamp=DAY_3, traits={"plan": "gold", "name": None})
-OLDEST = identify(
+ON_DAY_1 = identify(
     timestamp=DAY_1, traits={"plan": "free", "seats": 1, "name": "Ann", "tags": {"a": 1, "b": 2}}
 )
+ON_DAY_2 = identify(
+    timestamp=DAY_2, traits={"plan": "team", "email": "a@example.com", "tags": {"c": 3}}
+)
+ON_DAY_3 = identify(timestamp=DAY_3, traits={"plan": "gold", "name": None})
 MERGED = {"plan": "gold", "seats": 1, "name": None, "tags": {"c": 3}, "email": "a@example.com"}
 
 # Names and values that a view could damage.
@@ -1573,70 +1736,113 @@ ODD_TRAITS = {
 }
 
 
-# Calls, a query, and the rows that it finds. JSON in a row is compared as the value that it means.
+def saved_and_found(store: FileStore, calls: list[Any], query: str) -> str:
+    """Save these calls, and return the rows that a query finds, as one JSON text.
+
+    JSON that a row contains is parsed first. The result is text, because `==` of values would not
+    tell 1 from 1.0 or from true.
+    """
+    for call in calls:
+        assert store.save(**call).status == 200
+    found = [
+        [json.loads(value) if str(value).startswith("{") else value for value in row]
+        for row in store.find(query)
+    ]
+    return json.dumps(found, sort_keys=True)
+
+
 @cases(
     "calls, query, expected",
     {
         "a message_id that was seen before": (
             [track(message_id="m1"), group(message_id="m1"), track(message_id="m2")],
-            "message_id, type from calls",
+            "select message_id, type from calls",
             [["m1", "track"], ["m2", "track"]],
         ),
-        "calls without a message_id": ([track(), track()], "count(*) from calls", [[2]]),
+        "calls without a message_id": ([track(), track()], "select count(*) from calls", [[2]]),
         "the same message_id from two customers": (
             [track(message_id="m1"), track(message_id="m1", customer="acme")],
-            "customer, message_id from calls order by 1",
+            "select customer, message_id from calls order by 1",
             [["acme", "m1"], ["demo", "m1"]],
         ),
+    },
+)
+def test_a_message_id_is_stored_once_for_each_customer(
+    store: FileStore, calls: list[Any], query: str, expected: list[Any]
+) -> None:
+    assert saved_and_found(store, calls, query) == json.dumps(expected, sort_keys=True)
+
+
+@cases(
+    "calls, query, expected",
+    {
         "identifies": (
             [identify(traits={"a": 1}), track()],
-            "user_id, traits from identifies",
+            "select user_id, traits from identifies",
             [["u1", {"a": 1}]],
         ),
         "tracks": (
             [track(properties={"p": 1}, context={"ip": "::1"}), group()],
-            "event, properties, context from tracks",
+            "select event, properties, context from tracks",
             [["e", {"p": 1}, {"ip": "::1"}]],
         ),
         "pages": (
             [{"call_type": "page", "name": "n", "properties": None, "context": None}, track()],
-            "name, properties, context from pages",
+            "select name, properties, context from pages",
             [["n", {}, {}]],
         ),
-        "groups": ([group(), track()], "group_id, traits from groups", [["g1", {}]]),
+        "groups": ([group(), track()], "select group_id, traits from groups", [["g1", {}]]),
         "objects that were sent as empty arrays": (
             [identify(traits=[], context=[])],
-            "traits, context from identifies",
+            "select traits, context from identifies",
             [[{}, {}]],
         ),
         "a context that is not an object": (
             [identify(context="x")],
-            "context from identifies",
+            "select context from identifies",
             [[{}]],
         ),
+        "odd traits": (
+            [identify(traits=ODD_TRAITS)],
+            "select traits from identifies",
+            [[ODD_TRAITS]],
+        ),
+    },
+)
+def test_each_view_has_one_row_for_each_call_of_its_type(
+    store: FileStore, calls: list[Any], query: str, expected: list[Any]
+) -> None:
+    assert saved_and_found(store, calls, query) == json.dumps(expected, sort_keys=True)
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [ON_DAY_1, ON_DAY_2, ON_DAY_3],
+        [ON_DAY_3, ON_DAY_1, ON_DAY_2],
+        [ON_DAY_2, ON_DAY_3, ON_DAY_1],
+    ],
+    ids=["in order", "the newest first", "the oldest last"],
+)
+def test_each_trait_of_a_user_comes_from_the_newest_call_in_any_order_of_arrival(
+    store: FileStore, calls: list[Any]
+) -> None:
+    query = "select user_id, traits, first_seen, last_seen from users"
+    expected = [["u1", MERGED, DAY_1, DAY_3]]
+    assert saved_and_found(store, calls, query) == json.dumps(expected, sort_keys=True)
+
+
+@cases(
+    "calls, query, expected",
+    {
         "traits that are null set no trait": (
             [identify(traits={"a": 1}), identify(traits=None), identify(traits=[])],
-            "traits from users",
+            "select traits from users",
             [[{"a": 1}]],
-        ),
-        "users, in order of arrival 1": (
-            [OLDEST, NEWER, NEWEST],
-            "user_id, traits, first_seen, last_seen from users",
-            [["u1", MERGED, DAY_1, DAY_3]],
-        ),
-        "users, in order of arrival 2": (
-            [NEWEST, OLDEST, NEWER],
-            "user_id, traits, first_seen, last_seen from users",
-            [["u1", MERGED, DAY_1, DAY_3]],
-        ),
-        "users, in order of arrival 3": (
-            [NEWER, NEWEST, OLDEST],
-            "user_id, traits, first_seen, last_seen from users",
-            [["u1", MERGED, DAY_1, DAY_3]],
         ),
         "of equally new traits, the last received": (
             [identify(timestamp=DAY_1, traits={"plan": plan}) for plan in ("c", "a", "b")],
-            "traits from users",
+            "select traits from users",
             [[{"plan": "b"}]],
         ),
         "users with a user_id in any call, by customer": (
@@ -1646,10 +1852,10 @@ ODD_TRAITS = {
                 identify(customer="acme", traits={"of": "acme"}),
                 identify(traits={"of": "demo"}),
             ],
-            "customer, user_id, traits from users order by 1, 2",
+            "select customer, user_id, traits from users order by 1, 2",
             [["acme", "u1", {"of": "acme"}], ["demo", "u1", {"of": "demo"}], ["demo", "u2", {}]],
         ),
-        "accounts merge traits and count distinct members": (
+        "accounts with merged traits and the number of distinct members": (
             [
                 group(timestamp=DAY_2, traits={"size": 2, "name": "new"}),
                 group(timestamp=DAY_1, traits={"size": 1, "kind": "old"}),
@@ -1657,68 +1863,72 @@ ODD_TRAITS = {
                 group(group_id=5),
                 group(customer="acme", traits={"name": "other"}),
             ],
-            "group_id, traits, members, first_seen, last_seen from accounts"
+            "select group_id, traits, members, first_seen, last_seen from accounts"
             " where customer = 'demo' and group_id <> '5'",
             [["g1", {"size": 2, "name": "new", "kind": "old"}, 2, DAY_1, DAY_3]],
         ),
-        "a group_id that is an integer is its decimal text": (
+        "a group_id that is an integer, as its decimal text": (
             [group(group_id=number) for number in (7, 12345678901234567890, 12345678901234567891)],
-            "typeof(group_id), group_id from accounts order by 2",
+            "select typeof(group_id), group_id from accounts order by 2",
             [
                 ["text", "12345678901234567890"],
                 ["text", "12345678901234567891"],
                 ["text", "7"],
             ],
         ),
-        "a numeric group_id is found as text": (
+        "a group_id that is an integer, found as text": (
             [group(group_id=5)],
-            "members from accounts where group_id = '5'",
+            "select members from accounts where group_id = '5'",
             [[1]],
         ),
-        "odd traits in identifies": (
+        "odd traits of a user": (
             [identify(traits=ODD_TRAITS)],
-            "traits from identifies",
+            "select traits from users",
             [[ODD_TRAITS]],
         ),
-        "odd traits in users": ([identify(traits=ODD_TRAITS)], "traits from users", [[ODD_TRAITS]]),
-        "odd traits in accounts": (
+        "odd traits of an account": (
             [group(traits=ODD_TRAITS)],
-            "traits from accounts",
+            "select traits from accounts",
             [[ODD_TRAITS]],
         ),
-        "private_beta counts neither a delete nor its customer": (
+    },
+)
+def test_users_and_accounts_have_one_row_each_with_merged_traits(
+    store: FileStore, calls: list[Any], query: str, expected: list[Any]
+) -> None:
+    assert saved_and_found(store, calls, query) == json.dumps(expected, sort_keys=True)
+
+
+@cases(
+    "calls, query, expected",
+    {
+        "private_beta": (
             [track(), track(customer="acme"), {"call_type": "delete", "customer": "gone"}],
-            "customers, events, fulfilled from private_beta",
+            "select customers, events, fulfilled from private_beta",
             [[2, 2, 0]],
         ),
-        "users have no row for a delete": (
+        "users": (
             [{"call_type": "delete", "user_id": "gone"}],
-            "count(*) from users",
+            "select count(*) from users",
             [[0]],
         ),
     },
 )
-def test_what_is_kept_of_the_calls(
+def test_this_view_does_not_count_deletes(
     store: FileStore, calls: list[Any], query: str, expected: list[Any]
 ) -> None:
-    for call in calls:
-        assert store.save(**call).status == 200
-    found = [
-        [json.loads(value) if str(value).startswith("{") else value for value in row]
-        for row in store.select(query)
-    ]
-    assert found == expected
+    assert saved_and_found(store, calls, query) == json.dumps(expected, sort_keys=True)
 
 
 def test_a_trait_whose_name_contains_nul_does_not_overwrite_another(store: FileStore) -> None:
     store.save(traits={"a": 3}, timestamp=DAY_1)
     store.save(traits={"a\0c": 2}, timestamp=DAY_2)
-    assert store.select("traits from users") == [('{"a":3}',)]
+    assert store.find("select traits from users") == [('{"a":3}',)]
 
 
 def test_a_trait_whose_name_only_looks_like_an_escaped_nul_is_kept(store: FileStore) -> None:
     store.save(traits={r"a\u0000b": 1})
-    assert json.loads(store.select("traits from users")[0][0]) == {r"a\u0000b": 1}
+    assert json.loads(store.find("select traits from users")[0][0]) == {r"a\u0000b": 1}
 
 
 def test_a_call_is_one_row_with_its_times_in_utc(store: FileStore) -> None:
@@ -1729,41 +1939,46 @@ def test_a_call_is_one_row_with_its_times_in_utc(store: FileStore) -> None:
         anonymous_id="a1",
         message_id="m1",
         timestamp="2026-01-15T01:00:00+01:00",
-        madeUp=[1.10],
     )
-    [row] = store.select(
-        "customer, message_id, type, user_id, anonymous_id, timestamp, received_at, call from calls"
+    [(*columns, timestamp, received_at)] = store.find(
+        "select customer, message_id, type, user_id, anonymous_id, timestamp, received_at"
+        " from calls"
     )
-    assert row[:6] == ("demo", "m1", "track", "u1", "a1", "2026-01-15T00:00:00.000Z")
-    assert re.fullmatch(TIME, row[6])
-    assert abs((datetime.fromisoformat(row[6]) - before).total_seconds()) < 5
-    assert json.loads(row[7])["made_up"] == [1.1]
+    assert columns == ["demo", "m1", "track", "u1", "a1"]
+    assert timestamp == "2026-01-15T00:00:00.000Z"
+    assert re.fullmatch(TIME, received_at)
+    assert abs((datetime.fromisoformat(received_at) - before).total_seconds()) < 5
 
 
-def test_a_duplicate_is_acknowledged_and_told_apart(store: FileStore) -> None:
-    outcomes = [store.save(message_id="m1").outcome for _ in range(2)]
-    assert outcomes == ["stored", "duplicate"]
+def test_a_call_is_stored_whole_with_its_keys_in_snake_case(store: FileStore) -> None:
+    store.save(message_id="m1", madeUp={"listName": [1.10]})
+    [(call,)] = store.find("select call from calls")
+    expected = {"type": "identify", "user_id": "u1", "message_id": "m1"}
+    assert json.loads(call) == {**expected, "made_up": {"list_name": [1.1]}}
 
 
-@pytest.mark.parametrize(
-    ("view", "index"),
-    [
-        ("users where {}user_id = 'x'", "calls_by_user (user_id=?"),
-        ("accounts where {}group_id = 'x'", "calls_by_group (<expr>=?"),
-    ],
+def test_a_duplicate_gets_a_200_and_the_outcome_duplicate(store: FileStore) -> None:
+    first = store.save(message_id="m1")
+    second = store.save(message_id="m1")
+    assert (first.status, first.outcome) == (200, "stored")
+    assert (second.status, second.outcome) == (200, "duplicate")
+
+
+@pytest.mark.parametrize("condition", ["", "customer = 'demo' and "], ids=["alone", "by customer"])
+@cases(
+    "view, index",
+    {
+        "users": ("users where {}user_id = 'x'", "calls_by_user (user_id=?"),
+        "accounts": ("accounts where {}group_id = 'x'", "calls_by_group (<expr>=?"),
+    },
 )
 def test_users_and_accounts_are_found_through_an_index(
-    store: FileStore, view: str, index: str
+    store: FileStore, view: str, index: str, condition: str
 ) -> None:
-    for condition in ("", "customer = 'demo' and "):
-        query = f"explain query plan select traits, last_seen from {view.format(condition)}"
-        steps = [
-            step
-            for *_, step in rows(store.path, query)
-            if re.match(r"(SCAN|SEARCH) (calls|c|owner)\b", step)
-        ]
-        assert len(steps) == 2
-        assert [step for step in steps if index not in step] == []
+    query = f"explain query plan select traits, last_seen from {view.format(condition)}"
+    steps = [step for *_, step in store.find(query) if re.match(r"\w+ (calls|c|owner)\b", step)]
+    assert len(steps) == 2  # one for the row, and one for its traits
+    assert all(index in step for step in steps)
 
 
 def test_the_traits_of_a_user_with_ten_thousand_of_them_take_less_than_two_seconds(
@@ -1771,14 +1986,23 @@ def test_the_traits_of_a_user_with_ten_thousand_of_them_take_less_than_two_secon
 ) -> None:
     traits = {f"trait_{number}": number * 1.1 for number in range(10_000)}
     assert store.save(traits=traits).status == 200
-    started = time.monotonic()
-    [(merged,)] = store.select("traits from users")
-    assert time.monotonic() - started < 2
+    seconds = []
+    for _ in range(3):  # the best of three, because other programs may be running
+        started = time.thread_time()
+        [(merged,)] = store.find("select traits from users")
+        seconds.append(time.thread_time() - started)
+    assert min(seconds) < 2
     assert json.loads(merged) == traits
 
 
-@pytest.mark.parametrize(
-    ("customers", "events", "fulfilled"), [(9, 20, 0), (9, 21, 1), (10, 10, 1)]
+# The number of events is scaled down: 20 stands for 20 million.
+@cases(
+    "customers, events, fulfilled",
+    {
+        "9 customers, 20 million events": (9, 20, 0),
+        "9 customers, one event more": (9, 21, 1),
+        "10 customers": (10, 10, 1),
+    },
 )
 def test_private_beta_is_fulfilled_by_10_customers_or_more_than_20_million_events(
     tmp_path: Path,
@@ -1794,7 +2018,7 @@ def test_private_beta_is_fulfilled_by_10_customers_or_more_than_20_million_event
     for number in range(events):
         store.save("track", customer=f"c{number % customers}", event="e")
     store.close()
-    assert store.select("* from private_beta") == [(customers, events, fulfilled)]
+    assert store.find("select * from private_beta") == [(customers, events, fulfilled)]
 
 
 # ---- Forgotten means forgotten -------------------------------------------------------------------
@@ -1804,7 +2028,7 @@ def delete(timestamp: str, **fields: Any) -> dict[str, Any]:
     return {"call_type": "delete", "timestamp": timestamp, **fields}
 
 
-def test_a_delete_removes_the_calls_of_that_user_of_that_customer_until_then(
+def test_a_delete_removes_only_that_customers_calls_of_that_user_up_to_its_timestamp(
     store: FileStore,
 ) -> None:
     for call in (
@@ -1817,7 +2041,7 @@ def test_a_delete_removes_the_calls_of_that_user_of_that_customer_until_then(
     ):
         assert store.save(**call).status == 200
     assert store.save(**delete(DAY_2, message_id="delete")).outcome == "stored"
-    left = {row[0] for row in store.select("message_id from calls")}
+    left = {row[0] for row in store.find("select message_id from calls")}
     assert left == {"after", "other user", "other customer", "anonymous", "delete"}
 
 
@@ -1849,69 +2073,75 @@ def test_a_second_delete_is_stored_only_if_it_is_newer(
 
 
 def test_a_retried_delete_removes_nothing_that_came_after_it(store: FileStore) -> None:
-    store.save(**delete(DAY_1, message_id="d"))
-    store.save(**track(message_id="later", timestamp=DAY_2))
-    assert store.save(**delete(DAY_1, message_id="d")).outcome == "duplicate"
-    assert store.select("count(*) from calls where message_id = 'later'") == [(1,)]
+    in_the_future = delete("2999-01-01", message_id="d")  # so it counts as made when it arrives
+    assert store.save(**in_the_future).outcome == "stored"
+    time.sleep(0.002)  # a later millisecond
+    store.save(**track(message_id="later", timestamp=receiver.utc_now()))
+    time.sleep(0.002)
+    assert store.save(**in_the_future).outcome == "duplicate"
+    assert store.find("select count(*) from calls where message_id = 'later'") == [(1,)]
 
 
-def test_a_call_that_is_a_duplicate_is_not_called_forgotten(store: FileStore) -> None:
+def test_a_duplicate_from_before_a_delete_has_the_outcome_duplicate(store: FileStore) -> None:
     store.save(**track(message_id="m1", timestamp=DAY_3))
     store.save(**delete(DAY_2))
     assert store.save(**track(message_id="m1", timestamp=DAY_1)).outcome == "duplicate"
 
 
-def test_a_delete_dated_in_the_future_forgets_only_until_it_arrived(store: FileStore) -> None:
+def test_a_delete_dated_in_the_future_removes_only_what_happened_before_it_arrived(
+    store: FileStore,
+) -> None:
     store.save(**track(message_id="past", timestamp=DAY_1))
     store.save(**track(message_id="future", timestamp="2999-01-02"))
     store.save(**delete("2999-01-03", message_id="d"))
-    assert store.select("message_id from calls where type = 'track'") == [("future",)]
+    assert store.find("select message_id from calls where type = 'track'") == [("future",)]
     assert store.save(**track(timestamp="2999-01-01")).outcome == "stored"
 
 
-def test_of_a_delete_only_type_ids_and_times_are_kept(store: FileStore) -> None:
+def test_a_delete_is_stored_with_nothing_but_its_type_its_ids_and_its_times(
+    store: FileStore,
+) -> None:
     call = delete(DAY_1, message_id="d", context={"ip": "::1"}, note="Ann", sent_at=DAY_2)
     store.save(**call, received_at={"email": "ann@example.com"})
-    [(kept,)] = store.select("call from calls")
+    [(kept,)] = store.find("select call from calls")
     expected = {"type": "delete", "user_id": "u1", "message_id": "d"}
     assert json.loads(kept) == {**expected, "timestamp": DAY_1, "sent_at": DAY_2}
 
 
+def history_call(call_type: str, user_id: str, day: int, message_id: str) -> dict[str, Any]:
+    times = {"timestamp": f"2026-01-{day:02}"}
+    return {"type": call_type, "user_id": user_id, "event": "e", "message_id": message_id, **times}
+
+
 HISTORY = [
-    {"type": kind, "user_id": user, "timestamp": time_, "event": "e", "message_id": f"m{number}"}
-    for number, (kind, user, time_) in enumerate(
-        [
-            ("track", "u1", "2026-01-01"),
-            ("track", "u1", "2026-01-03"),
-            ("identify", "u1", "2026-01-02"),
-            ("delete", "u1", "2026-01-02"),
-            ("track", "u1", "2026-01-05"),
-            ("delete", "u1", "2026-01-04"),
-            ("track", "u2", "2026-01-01"),
-            ("delete", "u3", "2026-01-01"),
-            ("identify", "u3", "2026-01-02"),
-        ]
-    )
+    history_call("track", "u1", 1, "u1, day 1"),
+    history_call("identify", "u1", 2, "u1, day 2"),
+    history_call("delete", "u1", 2, "delete u1, day 2"),
+    history_call("track", "u1", 3, "u1, day 3"),
+    history_call("delete", "u1", 4, "delete u1, day 4"),
+    history_call("track", "u1", 5, "u1, day 5"),
+    history_call("track", "u2", 1, "u2, day 1"),
+    history_call("delete", "u3", 1, "delete u3, day 1"),
+    history_call("identify", "u3", 2, "u3, day 2"),
 ]
+LEFT_AT_THE_END = [("u1, day 5",), ("u2, day 1",), ("u3, day 2",)]
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_any_order_of_calls_and_deletes_with_retries_leaves_the_same_calls(
     tmp_path: Path, seed: int
 ) -> None:
-    chance = random.Random(seed)
-    arrivals = [*HISTORY, *chance.choices(HISTORY, k=len(HISTORY))]
-    chance.shuffle(arrivals)
+    rng = random.Random(seed)
+    arrivals = [*HISTORY, *rng.choices(HISTORY, k=len(HISTORY))]
+    rng.shuffle(arrivals)
     store = FileStore(tmp_path / "calls.db")
     for call in arrivals:
         assert ask(call, destination=store).status == 200
     store.close()
-    assert store.select("message_id from calls where type <> 'delete' order by 1") == [
-        ("m4",),
-        ("m6",),
-        ("m8",),
-    ]
-    assert store.select("user_id, max(timestamp) from calls where type = 'delete' group by 1") == [
+    left = store.find("select message_id from calls where type <> 'delete' order by 1")
+    assert left == LEFT_AT_THE_END
+    deletes = "select user_id, max(timestamp) from calls where type = 'delete' group by 1"
+    assert store.find(deletes) == [
         ("u1", "2026-01-04T00:00:00.000Z"),
         ("u3", "2026-01-01T00:00:00.000Z"),
     ]
@@ -1923,14 +2153,14 @@ def files_with(path: Path, secret: bytes) -> list[str]:
     return [file.name for file in files if file.exists() and secret in file.read_bytes()]
 
 
-def test_nothing_of_a_deleted_user_remains_in_any_file_of_the_database(store: FileStore) -> None:
+def test_no_trait_of_a_deleted_user_remains_in_any_file_of_the_database(store: FileStore) -> None:
     store.save(traits={"secret": "gone-with-the-wind"})
     assert files_with(store.path, b"gone-with-the-wind") != []
     store.save("delete")
     assert files_with(store.path, b"gone-with-the-wind") == []
 
 
-def test_while_a_reader_holds_the_wal_the_delete_is_acknowledged_and_removed_from_it_later(
+def test_a_delete_does_not_wait_for_a_reader_and_the_next_call_removes_it_from_the_wal(
     store: FileStore,
 ) -> None:
     store.save(traits={"secret": "gone-with-the-wind"})
@@ -1945,7 +2175,8 @@ def test_while_a_reader_holds_the_wal_the_delete_is_acknowledged_and_removed_fro
     assert files_with(store.path, b"gone-with-the-wind") == []
 
 
-def test_the_wal_shrinks_again_after_a_long_reader(store: FileStore) -> None:
+def test_the_wal_shrinks_again_after_a_long_running_reader(store: FileStore) -> None:
+    store.save(message_id="before")  # the first batch of a store truncates the WAL in another way
     with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as reader:
         reader.execute("begin")
         reader.execute("select count(*) from calls").fetchone()
@@ -1962,6 +2193,7 @@ def test_the_wal_shrinks_again_after_a_long_reader(store: FileStore) -> None:
 
 def make_other_table(path: Path) -> None:
     with contextlib.closing(sqlite3.connect(path)) as db:
+        # The version is right, but the application_id is not.
         db.executescript("create table calls (a, b); pragma user_version = 2;")
 
 
@@ -1973,9 +2205,9 @@ def make_other_version(path: Path) -> None:
 @cases(
     "make, reason",
     {
-        "a database with a table of that name": (make_other_table, "not a database of calls"),
+        "another database with a table named calls": (make_other_table, "not a database of calls"),
         "another version of the schema": (make_other_version, "its schema is version 1, but must"),
-        "a text": (lambda path: path.write_text("Dear diary"), "not a database of calls"),
+        "a text file": (lambda path: path.write_text("Dear diary"), "not a database of calls"),
         "a folder": (Path.mkdir, "not a regular file"),
         "a FIFO": (os.mkfifo, "not a regular file"),
         "a WAL without its database": (
@@ -2036,7 +2268,7 @@ def test_a_database_that_exists_keeps_its_mode(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """While this lasts, another connection has the lock for writing."""
+    """While this lasts, another connection holds the lock for writing."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("begin immediate")
         yield
@@ -2052,38 +2284,38 @@ def test_a_call_is_synced_to_disk_in_wal_mode_before_it_is_acknowledged(store: F
     assert store._db.execute("pragma synchronous").fetchone() == (2,)  # full
 
 
+def save_twelve_calls(
+    store: FileStore, pool: ThreadPoolExecutor, statements: list[str]
+) -> list[receiver.Reply]:
+    """Save a call of u0 in one batch, and calls of u1 to u11 in another; collect the statements."""
+    store._db.set_trace_callback(statements.append)
+    with locked(store.path):
+        replies = [pool.submit(store.save, user_id="u0")]
+        wait_until(lambda: "begin immediate" in statements)
+        replies += [pool.submit(store.save, user_id=f"u{number}") for number in range(1, 12)]
+        wait_until(lambda: len(store._queue) == 11)
+    return [reply.result() for reply in replies]
+
+
 def test_many_calls_waiting_at_once_share_one_transaction(
     store: FileStore, pool: ThreadPoolExecutor
 ) -> None:
     statements: list[str] = []
-    store._db.set_trace_callback(statements.append)
-    with locked(store.path):
-        first = pool.submit(store.save, user_id="u0")
-        wait_until(lambda: "begin immediate" in statements)
-        others = [pool.submit(store.save, user_id=f"u{number}") for number in range(1, 12)]
-        wait_until(lambda: len(store._queue) == 11)
-    assert {reply.result().status for reply in [first, *others]} == {200}
+    replies = save_twelve_calls(store, pool, statements)
+    assert {reply.status for reply in replies} == {200}
     assert [text.lower() for text in statements].count("commit") == 2
 
 
 def test_a_call_that_the_database_cannot_hold_fails_alone(
     store: FileStore, pool: ThreadPoolExecutor
 ) -> None:
-    rows(
-        store.path,
+    store.find(
         "create trigger t before insert on calls when new.user_id = 'u6'"
-        " begin select raise(abort, 'no'); end",
+        " begin select raise(abort, 'no'); end"
     )
-    statements: list[str] = []
-    store._db.set_trace_callback(statements.append)
-    with locked(store.path):
-        first = pool.submit(store.save, user_id="u0")
-        wait_until(lambda: "begin immediate" in statements)
-        others = [pool.submit(store.save, user_id=f"u{number}") for number in range(1, 12)]
-        wait_until(lambda: len(store._queue) == 11)
-    assert first.result().status == 200
-    assert [reply.result().status for reply in others] == [200] * 5 + [500] + [200] * 5
-    assert store.select("count(*) from calls") == [(11,)]
+    replies = save_twelve_calls(store, pool, [])
+    assert [reply.status for reply in replies] == [200] * 6 + [500] + [200] * 5
+    assert store.find("select count(*) from calls") == [(11,)]
 
 
 def test_a_database_that_was_deleted_or_replaced_is_503(
@@ -2091,12 +2323,12 @@ def test_a_database_that_was_deleted_or_replaced_is_503(
 ) -> None:
     assert store.save().status == 200
     moved = store.path.rename(store.path.with_name("moved"))
-    assert store.save().status == 503
+    assert store.save().status == 503  # deleted
     store.path.write_bytes(b"")
-    assert store.save().status == 503
+    assert store.save().status == 503  # replaced
     moved.rename(store.path)
     assert store.save().status == 200
-    assert store.select("count(*) from calls") == [(2,)]
+    assert store.find("select count(*) from calls") == [(2,)]
     assert "the file was deleted or replaced" in caplog.text
 
 
@@ -2122,9 +2354,8 @@ def full_disk(process: RunningReceiver) -> Iterator[None]:
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, before)
 
 
-@on_linux
-@pytest.mark.parametrize("fault", ["full", "locked"])
-def test_a_store_that_cannot_write_now_is_503_in_time_and_recovers(
+@pytest.mark.parametrize("fault", [pytest.param("full", marks=on_linux), "locked"])
+def test_a_store_that_cannot_write_now_answers_503_within_5_seconds_and_recovers(
     tmp_path: Path, fault: str, pool: ThreadPoolExecutor
 ) -> None:
     with RunningReceiver(tmp_path) as process, contextlib.ExitStack() as stack:
@@ -2172,7 +2403,7 @@ def test_after_kill_9_every_acknowledged_call_is_there_once(tmp_path: Path) -> N
         assert acknowledged <= set(found) <= sent
         assert rows(process.database, "pragma integrity_check") == [("ok",)]
 
-        for message_id in found[:200]:  # to send them again changes nothing
+        for message_id in found[:200]:  # sending them again changes nothing
             assert client.status(request({**TRACK, "message_id": message_id})) == 200
         assert sorted(process.message_ids()) == found
 
@@ -2189,25 +2420,27 @@ def test_a_second_receiver_waits_while_the_first_creates_the_database(
             return super().execute(sql, *values)
 
     path = tmp_path / "calls.db"
-    with contextlib.closing(sqlite3.connect(path)) as other:
-        other.execute("begin immediate")
+    with contextlib.closing(sqlite3.connect(path)) as first:
+        first.execute("begin immediate")
         watched = functools.partial(sqlite3.connect, factory=Watched)
         monkeypatch.setattr(sqlite3, "connect", watched)
         opened = pool.submit(receiver.open_database, str(path))
         assert begun.wait(10)
+        with pytest.raises(TimeoutError):
+            opened.result(timeout=0.3)
         for statement in receiver.SCHEMA.split(";"):
-            other.execute(statement)
-        other.commit()
+            first.execute(statement)
+        first.commit()
         opened.result().close()
 
 
-def test_two_receivers_on_one_new_database_lose_and_double_nothing(
+def test_two_receivers_on_one_new_database_neither_lose_nor_duplicate_a_call(
     tmp_path: Path, pool: ThreadPoolExecutor
 ) -> None:
     with contextlib.ExitStack() as stack:
         started = [pool.submit(RunningReceiver, tmp_path) for _ in range(2)]
         first, second = [stack.enter_context(process.result()) for process in started]
-        loads = [
+        loads = [  # two of them send the same 300 message_ids
             Load(first, "same", 3, 100),
             Load(second, "same", 3, 100),
             Load(second, "own", 2, 100),
@@ -2224,15 +2457,15 @@ def test_two_receivers_on_one_new_database_lose_and_double_nothing(
 # ==================================================================================================
 # Part 3. The server
 #
-# The same over real TLS, with receivers in processes of their own. First the head of a request,
-# then a connection, the log, the keys, all connections, TLS, and what an open port brings.
+# The server over real TLS, most of the time in a separate process. First the head of a request,
+# then one connection, the keys file, the log, all connections, TLS, and hostile clients.
 # ==================================================================================================
 
 # ---- Rung 1: the head of a request ---------------------------------------------------------------
 
 CHUNKED = "Transfer-Encoding: chunked"
-MEDIA = "Content-Type: application/json"
-TABLE = [  # the headers in PROTOCOL's table
+JSON_TYPE = "Content-Type: application/json"
+SEGMENT_HEADERS = [  # that Segment sends with every call
     "User-Agent: Segment.io/1.0",
     "Accept: */*",
     "Cache-Control: no-cache",
@@ -2240,14 +2473,17 @@ TABLE = [  # the headers in PROTOCOL's table
 ]
 
 
-def head_of_size(size: int) -> bytes:
+def request_with_head_of(size: int) -> bytes:
     """A call whose head has this many bytes before the empty line."""
     empty = request(TRACK, "X: ").index(b"\r\n\r\n")
     return request(TRACK, "X: " + "y" * (size - empty))
 
 
+ARABIC_FIVE = "\xd9\xa5"  # in UTF-8
+SUPERSCRIPT_2 = "\xb2"  # in Latin-1; str.isdigit() is true of it
+
 # Heads that are refused, with the status and the beginning of the message.
-MALFORMED: dict[str, tuple[list[bytes], int, str]] = {
+REFUSED_HEADS: dict[str, tuple[list[bytes], int, str]] = {
     "stray or missing whitespace in the request line": (
         [
             head(method="GE T"),
@@ -2261,7 +2497,7 @@ MALFORMED: dict[str, tuple[list[bytes], int, str]] = {
         400,
         "Malformed request line",
     ),
-    "something else than a request line": (
+    "something other than a request line": (
         [
             head(target="/\xe9"),
             head(method="G@T"),
@@ -2273,7 +2509,7 @@ MALFORMED: dict[str, tuple[list[bytes], int, str]] = {
         400,
         "Malformed request line",
     ),
-    "another version than HTTP/1.x": (
+    "a version other than HTTP/1.x": (
         [head(version="HTTP/0.9"), head(version="HTTP/2.0"), b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"],
         505,
         "HTTP version must be 1.1 or 1.0",
@@ -2289,7 +2525,7 @@ MALFORMED: dict[str, tuple[list[bytes], int, str]] = {
         "Request must have at most 100 header lines",
     ),
     "over 64 KiB in all": (
-        [head_of_size(65_537), b"POST / HTTP/1.1\r\nX: " + b"y" * 65_600],
+        [request_with_head_of(65_537), b"POST / HTTP/1.1\r\nX: " + b"y" * 65_600],
         431,
         "Request head must be at most 65536 bytes",
     ),
@@ -2301,10 +2537,10 @@ MALFORMED: dict[str, tuple[list[bytes], int, str]] = {
         400,
         "Malformed line",
     ),
-    "a bare LF in a head that is complete": (
+    "a bare LF inside a head that is complete": (
         [b"POST / HTTP/1.1\r\nHost: x\nX: y\r\n\r\n"],
         400,
-        "Malformed",
+        "Malformed header line 1",
     ),
     "obsolete folding": (
         [head("X: a\r\n folded"), head("X: a\r\n\tfolded")],
@@ -2338,7 +2574,7 @@ MALFORMED: dict[str, tuple[list[bytes], int, str]] = {
         "Repeated content-length header",
     ),
     "a second, different Content-Type": (
-        [head(MEDIA, "content-type: Application/JSON")],
+        [head(JSON_TYPE, "content-type: Application/JSON")],
         400,
         "Repeated content-type header",
     ),
@@ -2350,7 +2586,7 @@ MALFORMED: dict[str, tuple[list[bytes], int, str]] = {
     "a Content-Length that is not plain digits": (
         [
             head(length=text)
-            for text in ("+5", "-5", "5, 5", "0x5", "5 5", "1_0", "5.0", "\xd9\xa5", "\xb2")
+            for text in ("+5", "-5", "5, 5", "0x5", "5 5", "1_0", "5.0", ARABIC_FIVE, SUPERSCRIPT_2)
         ],
         400,
         "Content-Length must be an integer without a sign, not '",
@@ -2373,23 +2609,50 @@ MALFORMED: dict[str, tuple[list[bytes], int, str]] = {
 }
 
 
-@cases("heads, status, message", MALFORMED)
-def test_a_malformed_head_is_refused_and_closes_the_connection(
+@cases("heads, status, message", REFUSED_HEADS)
+def test_a_head_that_is_not_clean_is_refused_and_the_connection_closes(
     running: RunningReceiver, heads: list[bytes], status: int, message: str
 ) -> None:
-    smuggled = b"0\r\n\r\n" + request({**TRACK, "message_id": "smuggled"})
     for data in heads:
         with TlsClient(running) as client:
-            reply = client.send(data + (smuggled if data.endswith(b"\r\n\r\n") else b"")).reply()
+            reply = client.send(data).reply()
             assert (reply.status, reply.headers["connection"]) == (status, "close"), data[:80]
             assert reply.message.startswith(message), data[:80]
             assert client.is_closed()
+
+
+# A request that a server would find in the body, or after it, if it read the length differently.
+SMUGGLED = request({**TRACK, "message_id": "smuggled"})
+LAST_CHUNK = b"0\r\n\r\n"  # which also has exactly 5 bytes
+
+
+@cases(
+    "data",
+    {
+        "both, with the end of the chunks": head(CHUNKED, length=5) + LAST_CHUNK + SMUGGLED,
+        "both, in the other order": head("Content-Length: 5", CHUNKED) + LAST_CHUNK + SMUGGLED,
+        "only chunked": head(CHUNKED) + LAST_CHUNK + SMUGGLED,
+        "two lengths": head("Content-Length: 5", length=0) + SMUGGLED,
+        "a length with a sign": head(length="+0") + SMUGGLED,
+        "a folded header": head("X: a\r\n Content-Length: 0", length=5) + SMUGGLED,
+        "a header with whitespace before the colon": head("Content-Length : 0") + SMUGGLED,
+        "an upgrade to an unknown protocol": (
+            request(TRACK, "Upgrade: h2c", "Connection: upgrade") + SMUGGLED
+        ),
+    },
+)
+def test_no_request_can_be_smuggled_behind_an_unclear_length(
+    running: RunningReceiver, data: bytes
+) -> None:
+    with TlsClient(running) as client:
+        client.send(data).reply()
+        assert client.is_closed()
     assert "smuggled" not in running.message_ids()
 
 
 # Requests that are answered 200, and after which the connection stays open.
 KEPT_OPEN = {
-    "the headers of the table": request(TRACK, *TABLE, MEDIA),
+    "every header that Segment sends": request(TRACK, *SEGMENT_HEADERS, JSON_TYPE),
     "keep-alive": request(TRACK, "Connection: Keep-Alive"),
     "a later minor version": request(version="HTTP/1.2"),
     "a token that contains close": request(TRACK, "Connection: closed, x-close"),
@@ -2403,9 +2666,9 @@ KEPT_OPEN = {
     "a target in absolute form": request(target="https://other.example/?a"),
     "a target in absolute form of another scheme": request(target="x+y.z-1://other"),
     "100 header lines": request(TRACK, *["X: y"] * 97),
-    "64 KiB in all": head_of_size(65_536),
-    "a length with 20 zeros before it": request(length="0" * 20 + str(len(TRACK_JSON))),
-    "two equal Content-Types": request(TRACK, MEDIA, MEDIA),
+    "64 KiB in all": request_with_head_of(65_536),
+    "a Content-Length with 20 leading zeros": request(length="0" * 20 + str(len(TRACK_JSON))),
+    "the same Content-Type twice": request(TRACK, JSON_TYPE, JSON_TYPE),
     "an unknown expectation": request(TRACK, "Expect: fireworks"),
 }
 
@@ -2430,17 +2693,23 @@ CLOSED: dict[str, tuple[bytes, int]] = {
     ),
     "HTTP/1.0": (request(version="HTTP/1.0"), 200),
     "HTTP/1.0 without a Host": (request(version="HTTP/1.0", host=None), 200),
-    "HTTP/1.0 cannot expect": (request(TRACK, "Expect: 100-continue", version="HTTP/1.0"), 200),
+    "an Expect in HTTP/1.0, which is ignored": (
+        request(TRACK, "Expect: 100-continue", version="HTTP/1.0"),
+        200,
+    ),
     "CONNECT": (head(method="CONNECT", target="x:1", length=0), 404),
     "Upgrade": (request(TRACK, "Connection: upgrade", "Upgrade: websocket"), 200),
     "no length": (head(), 411),
     "chunked, to another path": (head(CHUNKED, target="/x"), 404),
-    "a refused expectation: key": (
+    "100-continue with an unknown key": (
         head("Expect: 100-continue", length=5, api_key="unknown"),
         401,
     ),
-    "a refused expectation: length": (head("Expect: 100-continue", length=600_000), 413),
-    "a refused expectation: path": (head("Expect: 100-continue", length=5, target="/x"), 404),
+    "100-continue with a body that is too long": (
+        head("Expect: 100-continue", length=600_000),
+        413,
+    ),
+    "100-continue to an unknown path": (head("Expect: 100-continue", length=5, target="/x"), 404),
     "a body over max-body": (head(length=10_000_000) + b"x" * 2_000_000, 413),
     "a body of absurd length": (head(length="9" * 4000) + b"x" * 1000, 413),
 }
@@ -2456,7 +2725,9 @@ def test_after_this_request_the_connection_closes(
         assert client.is_closed()
 
 
-def test_expect_100_continue_is_answered_once_the_body_is_wanted(running: RunningReceiver) -> None:
+def test_100_continue_is_sent_when_the_receiver_is_ready_for_the_body(
+    running: RunningReceiver,
+) -> None:
     with TlsClient(running) as client:
         expecting = head("Expect: 100-Continue", length=len(TRACK_JSON))
         assert client.status(expecting) == 100
@@ -2464,14 +2735,25 @@ def test_expect_100_continue_is_answered_once_the_body_is_wanted(running: Runnin
         assert client.status(request()) == 200
 
 
-def test_a_reply_has_the_headers_of_http(running: RunningReceiver) -> None:
+def test_a_200_has_only_the_headers_date_connection_and_content_length(
+    running: RunningReceiver,
+) -> None:
     with TlsClient(running) as client:
-        accepted = client.send(request()).reply()
-        refused = client.send(request({})).reply()
-    assert list(accepted.headers) == ["date", "connection", "content-length"]
-    assert refused.headers["content-type"] == "application/json"
-    date = r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT"
-    assert re.fullmatch(date, accepted.headers["date"])
+        reply = client.send(request()).reply()
+    assert list(reply.headers) == ["date", "connection", "content-length"]
+
+
+def test_an_error_reply_is_typed_as_json(running: RunningReceiver) -> None:
+    with TlsClient(running) as client:
+        reply = client.send(request({})).reply()
+    assert reply.headers["content-type"] == "application/json"
+
+
+def test_the_date_of_a_reply_is_the_current_time_in_gmt(running: RunningReceiver) -> None:
+    with TlsClient(running) as client:
+        date = client.send(request()).reply().headers["date"]
+    assert date.endswith(" GMT")
+    assert abs((parsedate_to_datetime(date) - datetime.now(UTC)).total_seconds()) < 5
 
 
 # ---- One connection ------------------------------------------------------------------------------
@@ -2483,7 +2765,7 @@ def record_bytes(record: Record) -> bytes:
 
 
 @cases("record", REFUSED)
-def test_a_refused_request_is_answered_the_same_over_the_network(
+def test_a_refused_request_has_the_same_status_and_message_over_the_network(
     running: RunningReceiver, record: Record
 ) -> None:
     with TlsClient(running) as client:
@@ -2492,19 +2774,20 @@ def test_a_refused_request_is_answered_the_same_over_the_network(
     assert reply.message.startswith(record.message)
 
 
-CLOSING_STATUSES = (411, 413)
-USABLE_AFTERWARDS = {
-    name: record
-    for name, record in REFUSED.items()
-    if record.status not in CLOSING_STATUSES
-    and isinstance(ask_record(record, FixtureDestination()), receiver.Reply)
-    and "content-length" in record.head.lower()
-    and "Malformed" not in record.message
-    and not record.message.startswith(("Transfer-Encoding", "Content-Length"))
+# After these, nobody can know where the next request begins, or the rest of the body is too long.
+CLOSING = {
+    "a Transfer-Encoding beside a Content-Length",
+    "a Transfer-Encoding without a Content-Length",
+    "a Content-Length that is negative",
+    "a Content-Length with a plus sign",
+    "a space in the target",
+    "a header name with a space before the colon",
+    "no Content-Length",
+    "a body that is too long",
 }
 
 
-@cases("record", USABLE_AFTERWARDS)
+@cases("record", {name: record for name, record in REFUSED.items() if name not in CLOSING})
 def test_a_refused_request_leaves_the_connection_usable(
     running: RunningReceiver, record: Record
 ) -> None:
@@ -2513,14 +2796,20 @@ def test_a_refused_request_leaves_the_connection_usable(
         assert client.status(request()) == 200
 
 
-def test_the_rest_of_a_refused_body_is_discarded_however_slowly_it_arrives(
-    running: RunningReceiver,
-) -> None:
+def test_the_rest_of_a_refused_body_is_discarded_as_it_arrives(running: RunningReceiver) -> None:
     with TlsClient(running) as client:
         assert client.status(head(length=100_000, api_key="unknown") + b"x" * 10) == 401
         for _ in range(9):
             client.send(b"x" * 11_110)
         assert client.status(request()) == 200
+
+
+def test_the_rest_of_a_refused_body_must_arrive_within_the_timeout(
+    impatient: RunningReceiver,
+) -> None:
+    with TlsClient(impatient) as client:
+        assert client.status(head(length=100_000, api_key="unknown") + b"x" * 10) == 401
+        assert client.is_closed()
 
 
 @on_linux
@@ -2529,25 +2818,39 @@ def test_refused_bodies_do_not_fill_the_memory(tmp_path: Path) -> None:
         assert post(process).status_code == 200
         before = process.memory_mb()
         clients = [stack.enter_context(TlsClient(process)) for _ in range(200)]
-        for client in clients:
+        for client in clients:  # all but the last byte, so that the rest is still to be discarded
             client.send(head(length=500_000, api_key="unknown") + b"x" * 499_999)
         for client in clients:
             assert client.reply().status == 401
         assert process.memory_mb() - before < 40
 
 
-def test_a_reply_to_head_never_has_a_body(running: RunningReceiver) -> None:
-    for data, status in (
-        (head(method="HEAD", target="/health", api_key=None), 200),
-        (head(method="HEAD", api_key=None), 405),
-        (head("X : y", method="HEAD"), 400),
-    ):
-        with TlsClient(running) as client:
-            reply = client.send(data + head("Connection: close")).reply(head_only=True)
-            assert reply.status == status
-            if status != 400:
-                assert client.reply().status == 411
-            assert client.is_closed()
+@cases(
+    "data, status",
+    {
+        "of the health check": (head(method="HEAD", target="/health", api_key=None), 200),
+        "of a method that is not allowed": (head(method="HEAD", api_key=None), 405),
+    },
+)
+def test_a_reply_to_head_has_no_body(running: RunningReceiver, data: bytes, status: int) -> None:
+    with TlsClient(running) as client:
+        assert client.send(data).reply(head_only=True).status == status
+        assert client.status(request()) == 200  # so no body stood in between
+
+
+@cases(
+    "data, status",
+    {
+        "a malformed header": (head("X : y", method="HEAD"), 400),
+        "a bare LF in a head that is incomplete": (b"HEAD / HTTP/1.1\nX", 400),
+    },
+)
+def test_a_reply_to_a_malformed_head_request_has_no_body(
+    running: RunningReceiver, data: bytes, status: int
+) -> None:
+    with TlsClient(running) as client:
+        assert client.send(data).reply(head_only=True).status == status
+        assert client.is_closed()
 
 
 def test_bytes_may_be_split_anywhere(running: RunningReceiver) -> None:
@@ -2559,73 +2862,82 @@ def test_bytes_may_be_split_anywhere(running: RunningReceiver) -> None:
             assert [client.reply().status for _ in range(4)] == [200, 501, 400, 200]
 
 
-def test_a_head_that_does_not_arrive_in_time_is_408(running: RunningReceiver) -> None:
-    with TlsClient(running) as client:
+def test_a_head_that_does_not_arrive_in_time_is_408(impatient: RunningReceiver) -> None:
+    with TlsClient(impatient) as client:
         started = time.monotonic()
         reply = client.send(head(length=10)[:-3]).reply()
         assert (reply.status, reply.headers["connection"]) == (408, "close")
-        assert reply.message == "Request head did not arrive within 2 seconds"
-        assert 1.5 < time.monotonic() - started < 4
+        assert reply.message == f"Request head did not arrive within {TIMEOUT} seconds"
+        assert TIMEOUT * 0.8 < time.monotonic() - started < TIMEOUT + 2
 
 
-def test_a_body_that_does_not_arrive_in_time_is_408(running: RunningReceiver) -> None:
-    with TlsClient(running) as client:
+def test_a_body_that_does_not_arrive_in_time_is_408(impatient: RunningReceiver) -> None:
+    with TlsClient(impatient) as client:
         reply = client.send(head(length=10) + b'{"a":').reply()
-        assert (reply.status, reply.message) == (408, "Body did not arrive within 2 seconds")
+        assert reply.status == 408
+        assert reply.message == f"Body did not arrive within {TIMEOUT} seconds"
 
 
-def test_a_second_request_that_does_not_arrive_in_time_is_408(running: RunningReceiver) -> None:
-    with TlsClient(running) as client:
+def test_a_second_request_that_does_not_arrive_in_time_is_408(impatient: RunningReceiver) -> None:
+    with TlsClient(impatient) as client:
         assert client.status(request()) == 200
         assert client.status(b"POST") == 408
 
 
-def test_mere_silence_is_closed_without_a_word(running: RunningReceiver) -> None:
-    with TlsClient(running) as client:
+def test_a_silent_connection_is_closed_without_a_reply_after_the_timeout(
+    impatient: RunningReceiver,
+) -> None:
+    with TlsClient(impatient) as client:
+        started = time.monotonic()
         assert client.is_closed()
+        assert TIMEOUT * 0.8 < time.monotonic() - started < TIMEOUT + 2
 
 
-def test_keep_alive_is_the_seconds_of_silence_between_requests(tmp_path: Path) -> None:
-    options = ["--timeout", "9", "--keep-alive", "0.6"]
+def test_keep_alive_limits_the_silence_between_requests(tmp_path: Path) -> None:
+    options = ["--timeout", "9", "--keep-alive", "0.8"]
     with RunningReceiver(tmp_path, *options) as process, TlsClient(process) as client:
-        for _ in range(2):
-            assert client.status(request()) == 200
-            started = time.monotonic()
-            time.sleep(0.3)
+        assert client.status(request()) == 200
+        time.sleep(0.3)  # a pause that is short enough
+        assert client.status(request()) == 200
+        started = time.monotonic()
         assert client.is_closed()
-        assert 0.5 < time.monotonic() - started < 3
+        assert 0.7 < time.monotonic() - started < 3
 
 
-def test_a_slow_destination_is_not_hurried_by_the_deadline() -> None:
+def test_a_destination_may_take_longer_than_the_timeout() -> None:
     slow = Recorder(lambda: time.sleep(1.0))
     with receiver.serve(slow, port=0, timeout=0.3) as server, TlsClient(server) as client:
         assert client.status(request()) == 200
 
 
-@pytest.mark.parametrize(
-    ("size", "message"), [(-1, "Body ended early"), (20, "Request head ended early")]
+@cases(
+    "data, message",
+    {
+        "in the head": (request()[:20], "Request head ended early"),
+        "in the body": (request()[:-1], "Body ended early"),
+    },
 )
 def test_a_request_that_ends_early_is_400(
-    running: RunningReceiver, size: int, message: str
+    running: RunningReceiver, data: bytes, message: str
 ) -> None:
     with TlsClient(running) as client:
-        reply = client.send(request()[:size]).half_close().reply()
+        reply = client.send(data).half_close().reply()
         assert (reply.status, reply.message) == (400, message)
 
 
-def test_a_client_that_resets_in_the_middle_of_a_body_is_one_line_in_the_log(
+def test_a_client_that_resets_in_the_middle_of_a_body_leaves_one_line_in_the_log(
     running: RunningReceiver,
 ) -> None:
     before = running.log_length()
     client = TlsClient(running)
     assert client.status(head("Expect: 100-continue", length=len(TRACK_JSON))) == 100
     client.send(TRACK_JSON[:9]).reset()
-    wait_until(lambda: running.log[before:].endswith("\n"))
-    assert re.fullmatch(r"\S+ 400 - demo - - \S+ ms Body ended early\n", running.log[before:])
+    [line] = running.lines_after(before, "Body ended early")
+    assert re.fullmatch(r"\S+ 400 - demo - - \S+ ms Body ended early", line)
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "HEAD", "DELETE", "OPTIONS"])
-def test_a_plain_http_request_is_told_in_plain_http_to_use_https(
+def test_a_plain_http_client_is_told_in_plain_http_to_use_https(
     running: RunningReceiver, method: str
 ) -> None:
     with connect(running) as sock:
@@ -2651,13 +2963,16 @@ def test_the_fixtures_hold_the_three_demo_keys() -> None:
     } == KEYS
 
 
-def test_an_entry_may_have_calls_and_expires() -> None:
+def test_an_entry_may_have_calls_and_expires_which_is_converted_to_utc() -> None:
     entry = {**ENTRY, "calls": list(receiver.CALL_TYPES), "expires": "2027-01-01T01:00:00+01:00"}
     expected = receiver.Key("Acme", frozenset(receiver.CALL_TYPES), "2027-01-01T00:00:00.000Z")
     assert receiver.parse_keys([entry]) == {"0" * 64: expected}
 
 
-CALLS_LIST = ", ".join(receiver.CALL_TYPES)
+CALLS_RULE = f"calls must contain only {', '.join(receiver.CALL_TYPES)}, not "
+CUSTOMER_RULE = "customer must be a non-empty string of printable characters"
+DIGEST_RULE = "sha256 must be 64 hexadecimal digits in lower case"
+EXPIRES_RULE = "expires must be an ISO 8601 time"
 
 
 @cases(
@@ -2665,43 +2980,40 @@ CALLS_LIST = ", ".join(receiver.CALL_TYPES)
     {
         "an entry that is not an object": ([ENTRY, 7], "entry 2: must be an object"),
         "a repeated digest": ([ENTRY, ENTRY], "entry 2: sha256 must not be repeated"),
-        "no customer": ([{"sha256": "0" * 64}], "entry 1: customer must be text"),
-        "an empty customer": ([{**ENTRY, "customer": ""}], "entry 1: customer must be text"),
-        "a customer of two lines": ([{**ENTRY, "customer": "A\nB"}], "entry 1: customer must be"),
-        "a customer that is a number": ([{**ENTRY, "customer": 7}], "entry 1: customer must be"),
-        "no digest": ([{"customer": "Acme"}], "entry 1: sha256 must be 64 hexadecimal digits"),
-        "a digest in capitals": ([{**ENTRY, "sha256": "A" * 64}], "entry 1: sha256 must be 64"),
-        "a short digest": ([{**ENTRY, "sha256": "0" * 63}], "entry 1: sha256 must be 64"),
+        "no customer": ([{"sha256": "0" * 64}], f"entry 1: {CUSTOMER_RULE}"),
+        "an empty customer": ([{**ENTRY, "customer": ""}], f"entry 1: {CUSTOMER_RULE}"),
+        "a customer of two lines": ([{**ENTRY, "customer": "A\nB"}], f"entry 1: {CUSTOMER_RULE}"),
+        "a customer that is a number": ([{**ENTRY, "customer": 7}], f"entry 1: {CUSTOMER_RULE}"),
+        "no digest": ([{"customer": "Acme"}], f"entry 1: {DIGEST_RULE}"),
+        "a digest in capitals": ([{**ENTRY, "sha256": "A" * 64}], f"entry 1: {DIGEST_RULE}"),
+        "a short digest": ([{**ENTRY, "sha256": "0" * 63}], f"entry 1: {DIGEST_RULE}"),
         "a mistyped member": ([{**ENTRY, "expirs": 1}], "entry 1: unknown member 'expirs'"),
         "calls that are text": ([{**ENTRY, "calls": "track"}], "entry 1: calls must be an array"),
         "an unknown type": (
             [{**ENTRY, "calls": ["identify", "tarck"]}],
-            f"entry 1: calls must contain only {CALLS_LIST}, not 'tarck'",
+            f"entry 1: {CALLS_RULE}'tarck'",
         ),
-        "an unhashable type": ([{**ENTRY, "calls": [[]]}], "entry 1: calls must contain only"),
-        "a date in words": ([{**ENTRY, "expires": "soon"}], "entry 1: expires must be an ISO 8601"),
-        "a date that is a number": (
-            [{**ENTRY, "expires": 2027}],
-            "entry 1: expires must be an ISO",
-        ),
+        "a type that is an array": ([{**ENTRY, "calls": [[]]}], f"entry 1: {CALLS_RULE}[]"),
+        "a date that is not a date": ([{**ENTRY, "expires": "soon"}], f"entry 1: {EXPIRES_RULE}"),
+        "a date that is a number": ([{**ENTRY, "expires": 2027}], f"entry 1: {EXPIRES_RULE}"),
     },
 )
-def test_a_mistake_in_the_keys_file_is_named(entries: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+def test_an_invalid_entry_is_reported_with_its_number(entries: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         receiver.parse_keys(entries)
 
 
 @cases(
     "data, message",
     {
-        "not an array": (b"{}", "must be a JSON array"),
+        "an object": (b"{}", "must be a JSON array"),
         "a syntax error": (b"[\n{]", "must be JSON: syntax error at line 2, column 2"),
-        "not UTF-8": (b'["\xff"]', "must be JSON"),
-        "too deep": (b"[" * 100_000, "must be JSON"),
+        "a byte that is not UTF-8": (b'["\xff"]', "must be JSON"),
+        "deep nesting": (b"[" * 100_000, "must be JSON"),
     },
 )
-def test_a_keys_file_that_is_not_json_is_named(data: bytes, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}"):
+def test_a_keys_file_must_be_a_json_array(data: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
         receiver.parse_entries(data)
 
 
@@ -2723,25 +3035,32 @@ def test_a_keyring_reads_its_file_again_only_when_it_has_changed(keys_file: Path
     assert keyring.keys == {}
 
 
-def replace_by_fifo(path: Path) -> None:
+def replace_with_fifo(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
+
+
+def replace_with_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def replace_with_link_to_device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
 
 
 @cases(
     "break_file",
     {
-        "invalid entries": lambda path: path.write_text("[{]"),
-        "a folder": lambda path: (path.unlink(), path.mkdir()),
-        "a FIFO": replace_by_fifo,
-        "no file": lambda path: path.unlink(),
-        "a symbolic link to a device": lambda path: (
-            path.unlink(),
-            path.symlink_to("/dev/zero"),
-        ),
+        "a syntax error": lambda path: path.write_text("[{]"),
+        "a folder": replace_with_folder,
+        "a FIFO": replace_with_fifo,
+        "no file": Path.unlink,
+        "a symbolic link to a device": replace_with_link_to_device,
     },
 )
-def test_if_the_keys_file_cannot_be_used_the_previous_keys_stay_and_the_log_says_so_once(
+def test_an_unusable_keys_file_leaves_the_old_keys_in_force_and_is_logged_once(
     keys_file: Path, caplog: pytest.LogCaptureFixture, break_file: Callable[[Path], object]
 ) -> None:
     keyring = receiver.Keyring(str(keys_file))
@@ -2758,20 +3077,8 @@ def test_a_running_receiver_reads_changed_keys_within_two_seconds(
     with RunningReceiver(tmp_path, "--api-keys", keys_file) as process:
         assert post(process).status_code == 200
         keys_file.write_text("[]")
-        process.wait_for_log("Reloaded 0 keys from", 3)
+        process.wait_for_log("Reloaded 0 keys from", 2)
         assert post(process).status_code == 401
-
-
-def test_maintenance_is_toggled_by_sigusr1(tmp_path: Path) -> None:
-    with RunningReceiver(tmp_path, "--maintenance") as process:
-        reply = post(process)
-        assert (reply.status_code, reply.headers["Retry-After"]) == (503, "5")
-        process.send_signal(signal.SIGUSR1)
-        process.wait_for_log("Maintenance is off")
-        assert post(process).status_code == 200
-        process.send_signal(signal.SIGUSR1)
-        process.wait_for_log("Maintenance is on")
-        assert post(process).status_code == 503
 
 
 # ---- The log -------------------------------------------------------------------------------------
@@ -2779,28 +3086,29 @@ def test_maintenance_is_toggled_by_sigusr1(tmp_path: Path) -> None:
 FORGED = "x\r\nForged: 1\x1b"
 
 
-@pytest.mark.parametrize(
-    ("value", "word"),
-    [
-        ("u1", "u1"),
-        ("", "-"),
-        (None, "-"),
-        (7, "7"),
-        ("two words", "'two words'"),
-        ("'a", '"\'a"'),
-        (0, "0"),
-        ("\x1b", r"'\x1b'"),
-        ([], "[]"),
-        ("x" * 80, "x" * 80),
-        ("x" * 81, "'" + "x" * 78 + "…"),
-        (["x"], "['x']"),
-    ],
+@cases(
+    "value, shown",
+    {
+        "a word": ("u1", "u1"),
+        "empty text": ("", "-"),
+        "nothing": (None, "-"),
+        "a number": (7, "7"),
+        "zero": (0, "0"),
+        "two words": ("two words", "'two words'"),
+        "a quotation mark": ("'a", '"\'a"'),
+        "a control character": ("\x1b", r"'\x1b'"),
+        "an empty array": ([], "[]"),
+        "an array": (["x"], "['x']"),
+        "80 characters": ("x" * 80, "x" * 80),
+        "81 characters, cut to 80 with the quotation mark": ("x" * 81, "'" + "x" * 78 + "…"),
+    },
 )
-def test_a_word_of_the_log_is_short_and_escaped(value: Any, word: str) -> None:
-    assert receiver.log_word(value) == word
+def test_how_a_value_is_shown_in_a_line_of_the_log(value: Any, shown: str) -> None:
+    assert receiver.log_word(value) == shown
 
 
-# A call, its API key, and the line in the log after the time.
+# A call, its API key, and its log line without the time. The order matters: a duplicate follows its
+# original, and a forgotten call follows the delete.
 LOGGED: dict[str, tuple[dict[str, Any], str, str]] = {
     "accepted": (
         {**TRACK, "event": "Two Words", "message_id": "log-1"},
@@ -2855,11 +3163,10 @@ def test_the_log_has_one_line_for_each_request(tmp_path: Path) -> None:
             assert client.status(head("X : \x1b")) == 400
         assert process.stop() == 0
         lines = re.findall(rf"^{TIME} (.*)$", process.log, re.M)
-    expected = [line for *_, line in LOGGED.values()]
-    expected.append(r"400 - - - - \d+\.\d ms Malformed header line 3")
-    assert len(lines) == len(expected)
-    for line, pattern in zip(lines, expected, strict=True):
-        assert re.fullmatch(pattern, line)
+    expected = {name: pattern for name, (*_, pattern) in LOGGED.items()}
+    expected["a malformed head"] = r"400 - - - - \d+\.\d ms Malformed header line 3"
+    for (name, pattern), line in zip(expected.items(), lines, strict=True):
+        assert re.fullmatch(pattern, line), name
 
 
 def test_the_time_of_a_log_line_is_in_utc(running: RunningReceiver) -> None:
@@ -2872,12 +3179,12 @@ def test_the_time_of_a_log_line_is_in_utc(running: RunningReceiver) -> None:
 
 def test_under_load_each_request_is_one_whole_line(tmp_path: Path) -> None:
     with RunningReceiver(tmp_path) as process:
-        with Load(process, "logged", 32, 100) as load:
+        with Load(process, "logged", clients=32, limit=100) as load:
             load.wait()
         assert process.stop() == 0
         pattern = rf"^{TIME} 200 track demo u1 'Signed Up' \d+\.\d ms$"
-        assert len(load.stored) == 3200
-        assert len(re.findall(pattern, process.log, re.M)) == 3200
+        assert len(load.stored) == 32 * 100
+        assert len(re.findall(pattern, process.log, re.M)) == 32 * 100
 
 
 def test_quiet_logs_only_requests_that_were_refused(tmp_path: Path) -> None:
@@ -2893,35 +3200,37 @@ def test_quiet_logs_only_requests_that_were_refused(tmp_path: Path) -> None:
 def test_verbose_adds_each_call_indented(tmp_path: Path) -> None:
     with RunningReceiver(tmp_path, "--verbose") as process:
         assert post(process).status_code == 200
-        process.wait_for_log('^    event: "Signed Up"$')
+        assert process.stop() == 0
+        members = '    type: "track"\n    user_id: "u1"\n    event: "Signed Up"\n'
+        assert f" ms\n{members}" in process.log
 
 
-def test_verbose_does_not_multiply_a_call_that_is_deep_and_wide(tmp_path: Path) -> None:
+def test_verbose_logs_a_call_that_is_deep_and_wide_at_about_its_own_size(tmp_path: Path) -> None:
     deep: list[Any] = [1] * 30_000
     for _ in range(480):
         deep = [deep]
     with RunningReceiver(tmp_path, "--verbose") as process, TlsClient(process) as client:
         assert client.status(request({**TRACK, "properties": {"a": deep}})) == 200
-        assert process.log_length() < 1_000_000
+        assert 60_000 < process.log_length() < 1_000_000
 
 
 class Unprintable:
-    """An object without a repr."""
+    """An object whose repr raises an exception."""
 
     def __repr__(self) -> str:
         raise AttributeError("no repr")
 
 
 def spoil(call: receiver.Call) -> None:
-    """Do to a call what a careless destination does."""
+    """Put into a call what JSON, or even repr(), cannot express."""
+    call.raw["object"] = object()
     call.raw["unprintable"] = Unprintable()
-    deep: list[Any] = []
-    call.raw["deep"] = deep
+    call.raw[("a", "tuple")] = 1  # type: ignore[index]
+    call.raw["cycle"] = call.raw
+    nested: list[Any] = []
     for _ in range(200_000):
-        deep.append(deep := [])
-    call.raw[("tuple", "key")] = object()  # type: ignore[index]
-    call.raw["itself"] = call.raw
-    call.raw["_id"] = object()
+        nested = [nested]
+    call.raw["too deep"] = nested
 
 
 def test_a_call_that_a_destination_has_spoiled_is_still_answered_and_logged(
@@ -2941,24 +3250,44 @@ def test_a_call_that_a_destination_has_spoiled_is_still_answered_and_logged(
     {
         "an error": (ValueError(FORGED), 500),
         "a refusal": (receiver.Refusal(400, FORGED), 400),
-        "a very long refusal": (receiver.Refusal(400, "x" * 1_000_000), 400),
     },
 )
-def test_nothing_that_a_destination_raises_forges_a_line(
+def test_nothing_that_a_destination_raises_or_a_client_sends_forges_a_line(
     capfd: pytest.CaptureFixture[str], result: Exception, status: int
 ) -> None:
-    with receiver.serve(Recorder(result), port=0) as server, TlsClient(server) as client:
-        reply = client.send(request({**TRACK, "user_id": FORGED})).reply()
-        assert reply.status == status
+    with receiver.serve(Recorder(result), port=0) as server:
+        assert post(server, {**TRACK, "user_id": FORGED}).status_code == status
     log = capfd.readouterr().err
     assert re.search(rf"^{TIME} {status} track demo .* 'Signed Up' ", log, re.M)
-    assert not re.search("^Forged|\x1b|.{2000}", log, re.M)
-    assert ("    Traceback (most recent call last):" in log) == (status == 500)
+    assert not re.search("^Forged", log, re.M)
+    assert "\x1b" not in log
+
+
+def test_a_very_long_message_is_cut_in_the_log(capfd: pytest.CaptureFixture[str]) -> None:
+    refusal = receiver.Refusal(400, "x" * 1_000_000)
+    with receiver.serve(Recorder(refusal), port=0) as server:
+        assert post(server).status_code == 400
+    assert max(map(len, capfd.readouterr().err.splitlines())) < 2000
+
+
+def test_the_traceback_of_an_internal_error_follows_its_line_indented(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with receiver.serve(Recorder(ZeroDivisionError("no")), port=0) as server:
+        assert post(server).status_code == 500
+    pattern = r" ms Internal error\n    Traceback \(most recent call last\):\n(    .*\n)+"
+    found = re.search(pattern, capfd.readouterr().err)
+    assert found
+    assert found[0].endswith("    ZeroDivisionError: no\n")
 
 
 def test_a_call_whose_client_did_not_wait_is_logged(capfd: pytest.CaptureFixture[str]) -> None:
     go_on = threading.Event()
-    slow = Recorder(lambda: go_on.wait(9) and None)
+
+    def wait() -> None:
+        assert go_on.wait(9)
+
+    slow = Recorder(wait)
     with receiver.serve(slow, port=0) as server, TlsClient(server) as client:
         client.send(request())
         wait_until(lambda: slow.calls)
@@ -2969,7 +3298,7 @@ def test_a_call_whose_client_did_not_wait_is_logged(capfd: pytest.CaptureFixture
     assert "Traceback" not in log
 
 
-def test_no_api_key_is_found_in_keys_file_log_or_replies(tmp_path: Path) -> None:
+def test_no_api_key_appears_in_the_keys_file_the_log_or_a_reply(tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     api_key = add_key("Acme", "--api-keys", keys).stdout.strip()
     with RunningReceiver(tmp_path, "--api-keys", keys, "--verbose") as process:
@@ -2990,34 +3319,38 @@ def test_no_api_key_is_found_in_keys_file_log_or_replies(tmp_path: Path) -> None
 
 
 @on_linux
-def test_a_log_that_is_full_holds_up_nothing_and_the_exit_status_is_0(tmp_path: Path) -> None:
+def test_a_log_on_a_full_disk_delays_no_request(tmp_path: Path) -> None:
     with RunningReceiver(tmp_path, log="/dev/full") as process, TlsClient(process) as client:
         assert {client.status(request()) for _ in range(500)} == {200}
         assert process.stop() == 0
 
 
-def test_a_log_whose_reader_has_stalled_holds_up_nothing_and_says_how_much_was_dropped(
+def test_a_stalled_reader_of_the_log_delays_no_request_and_dropped_lines_are_counted(
     tmp_path: Path,
 ) -> None:
     reading, writing = os.pipe()
     with RunningReceiver(tmp_path, "--verbose", stderr=writing) as process:
         os.close(writing)
         with TlsClient(process) as client:
-            for number in range(130):
-                note = f"{number}" + "x" * 40_000
-                assert client.status(request({**TRACK, "note": note})) == 200
-        process.send_signal(signal.SIGUSR1)
+            for _ in range(130):  # 5.2 MB, more than MAX_LOG_BUFFER
+                assert client.status(request({**TRACK, "note": "x" * 40_000})) == 200
+        process.send_signal(signal.SIGUSR1)  # its handling writes to the log, too
         wait_until(lambda: post(process).status_code == 503)
         process.send_signal(signal.SIGTERM)
         with open(reading, "rb") as log:
             text = log.read().decode()
         assert process.process.wait(15) == 0
-    assert re.search(rf"^{TIME} \d+ log lines were dropped$", text, re.M)
+    found = re.search(rf"^{TIME} (\d+) log lines were dropped$", text, re.M)
+    assert found
+    # Each call has five lines: that of the request, and one for each of its four members.
+    calls_written = text.count("    note: ")
+    assert int(found[1]) == 5 * (130 - calls_written)
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr", "both"])
-def test_a_closed_standard_stream_is_no_reason_not_to_serve(tmp_path: Path, stream: str) -> None:
+def test_it_serves_even_if_standard_output_or_error_is_closed(tmp_path: Path, stream: str) -> None:
     closing = {"stdout": ">&-", "stderr": "2>&-", "both": ">&- 2>&-"}[stream]
+    # RunningReceiver would read the port from standard output, so it is chosen here.
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     script = f'exec "$@" --port {port} --database "{tmp_path}/calls.db" {closing}'
@@ -3027,19 +3360,16 @@ def test_a_closed_standard_stream_is_no_reason_not_to_serve(tmp_path: Path, stre
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+
+    def accepts_a_call() -> bool:
+        url = f"https://localhost:{port}/"
+        usual: dict[str, Any] = {"auth": ("segment", ""), "verify": str(CERT), "timeout": 9}
+        with contextlib.suppress(requests.ConnectionError):
+            return requests.post(url, json=TRACK, **usual).status_code == 200
+        return False
+
     try:
-
-        def accepts() -> bool:
-            with contextlib.suppress(requests.ConnectionError):
-                url = f"https://localhost:{port}/"
-                return bool(
-                    requests.post(
-                        url, json=TRACK, auth=("segment", ""), verify=str(CERT), timeout=9
-                    )
-                )
-            return False
-
-        assert wait_until(accepts)
+        wait_until(accepts_a_call)
         process.send_signal(signal.SIGTERM)
         assert process.wait(15) == 0
     finally:
@@ -3063,7 +3393,7 @@ def test_beyond_max_connections_the_longest_idle_one_makes_room(tmp_path: Path) 
         assert [first.status(request()), third.status(request())] == [200, 200]
 
 
-def test_if_none_is_idle_the_oldest_one_without_a_head_makes_room_without_a_word(
+def test_if_none_is_idle_the_oldest_without_a_complete_head_makes_room(
     tmp_path: Path,
 ) -> None:
     with (
@@ -3076,9 +3406,10 @@ def test_if_none_is_idle_the_oldest_one_without_a_head_makes_room_without_a_word
         half_head.send(b"POST / HTTP/1.1\r\n")
         busy = stack.enter_context(TlsClient(process))
         assert busy.status(head("Expect: 100-continue", length=len(TRACK_JSON))) == 100
+        # This waits until the oldest connection is old enough to be evicted.
         assert stack.enter_context(TlsClient(process)).status(request()) == 200
         assert oldest.recv(1) == b""
-        assert stack.enter_context(TlsClient(process)).status(request()) == 200
+        assert half_head.status(request().partition(b"\r\n")[2]) == 200
         assert busy.status(TRACK_JSON) == 200
         assert process.stop() == 0
         assert "Connection from" not in process.log
@@ -3105,10 +3436,10 @@ def test_new_connections_wait_if_all_others_are_busy(
         TlsClient(process) as first,
         TlsClient(process) as second,
     ):
-        for client in (first, second):  # each waits for its body, as the server knows
+        for client in (first, second):  # the 100 proves that the server has read both heads
             assert client.status(head("Expect: 100-continue", length=len(TRACK_JSON))) == 100
         third = pool.submit(post, process)
-        time.sleep(1.5)  # longer than any connection is safe from eviction
+        time.sleep(1.5)  # past NEWCOMER_AGE, so age no longer protects the others
         assert not third.done()
         assert first.status(TRACK_JSON) == 200
         assert third.result().status_code == 200
@@ -3135,11 +3466,15 @@ def test_when_descriptors_run_out_the_longest_idle_connection_makes_room(tmp_pat
         used = process.open_files()
         hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)[1]
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (used + 5, hard))
-        for _ in range(30):
-            assert stack.enter_context(TlsClient(process)).status(request()) == 200
+        clients = []
+        for _ in range(20):
+            clients.append(stack.enter_context(TlsClient(process)))
+            assert clients[-1].status(request()) == 200
+        assert clients[0].is_closed()
+        assert clients[-1].status(request()) == 200
         assert process.stop() == 0
         assert "Traceback" not in process.log
-        assert process.log.count("Cannot accept more connections") <= 30
+        assert 1 <= process.log.count("Cannot accept more connections") <= 20
 
 
 def test_if_no_thread_can_be_started_the_server_goes_on(
@@ -3162,7 +3497,7 @@ def test_if_no_thread_can_be_started_the_server_goes_on(
         assert "Traceback" not in caplog.text
 
 
-def test_whatever_fails_while_a_connection_closes_its_slot_is_returned(
+def test_a_slot_is_released_even_if_closing_the_connection_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(_: object) -> NoReturn:
@@ -3176,7 +3511,7 @@ def test_whatever_fails_while_a_connection_closes_its_slot_is_returned(
 
 
 @on_linux
-def test_enough_files_may_be_open_for_max_connections(tmp_path: Path) -> None:
+def test_the_limit_on_open_files_is_raised_to_max_connections_and_100_more(tmp_path: Path) -> None:
     import resource
 
     def lower_limit() -> None:
@@ -3184,53 +3519,79 @@ def test_enough_files_may_be_open_for_max_connections(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
 
     with RunningReceiver(tmp_path, preexec_fn=lower_limit) as process:
-        assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE)[0] == 1100
+        assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE)[0] == 1000 + 100
+
+
+BREAKS_THE_ACCEPT_THREAD = """
+import receiver
+
+class Broken(receiver.Destination):
+    def track(self, *arguments):
+        def fail(server):
+            raise ZeroDivisionError("gone")
+
+        receiver.Server.service_actions = fail
+
+receiver.main(Broken())
+"""
 
 
 def test_if_the_accept_thread_ends_unexpectedly_main_ends_with_status_1(tmp_path: Path) -> None:
-    (tmp_path / "broken.py").write_text(
-        "import receiver, threading\n"
-        "class Broken(receiver.Destination):\n"
-        "    def track(self, *arguments):\n"
-        "        def fail(): raise ZeroDivisionError('gone')\n"
-        "        receiver.Server.service_actions = lambda self: fail()\n"
-        "receiver.main(Broken())\n"
-    )
-    with run_program(tmp_path, "broken.py") as process:
+    with run_program(tmp_path, BREAKS_THE_ACCEPT_THREAD) as process:
         post(process)
         assert process.process.wait(15) == 1
         assert "The receiver has failed" in process.log
 
 
+ENDS_THE_WRITER = """
+import receiver
+
+class Broken(receiver.GroupCommit):
+    def write(self, calls):
+        raise SystemExit
+
+receiver.STORE_TIMEOUT = 1
+receiver.main(Broken())
+"""
+
+
 def test_if_the_writer_ends_unexpectedly_main_ends_with_status_1(tmp_path: Path) -> None:
-    (tmp_path / "broken.py").write_text(
-        "import receiver\n"
-        "class Broken(receiver.GroupCommit):\n"
-        "    def write(self, calls):\n"
-        "        raise SystemExit\n"
-        "receiver.STORE_TIMEOUT = 1\n"
-        "receiver.main(Broken())\n"
-    )
-    with run_program(tmp_path, "broken.py") as process:
+    with run_program(tmp_path, ENDS_THE_WRITER) as process:
         assert post(process).status_code == 503
         assert process.process.wait(15) == 1
         assert "the destination has failed" in process.log
 
 
-def test_if_the_writer_ends_under_serve_only_the_listening_socket_is_closed(
+def test_if_the_destination_fails_serve_stops_listening_but_keeps_its_connections(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     destination = Recorder()
-    with receiver.serve(destination, port=0) as server:
+    with receiver.serve(destination, port=0) as server, TlsClient(server) as client:
+        assert client.status(request()) == 200
         destination.failed = True
         wait_until(lambda: server.failed)
         with pytest.raises(requests.ConnectionError):
             post(server)
+        assert client.status(request()) == 200
     assert "The receiver has failed" in caplog.text
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_it_with_status_0_and_idle_connections_do_not_delay_it(
+def test_maintenance_is_toggled_by_sigusr1(tmp_path: Path) -> None:
+    with RunningReceiver(tmp_path, "--maintenance") as process:
+        reply = post(process)
+        assert (reply.status_code, reply.headers["Retry-After"]) == (503, "5")
+        process.send_signal(signal.SIGUSR1)
+        process.wait_for_log("Maintenance is off")
+        assert post(process).status_code == 200
+        process.send_signal(signal.SIGUSR1)
+        process.wait_for_log("Maintenance is on")
+        assert post(process).status_code == 503
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: str(number.name)
+)
+def test_a_signal_ends_it_with_status_0_without_waiting_for_idle_connections(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     with (
@@ -3242,15 +3603,31 @@ def test_a_signal_stops_it_with_status_0_and_idle_connections_do_not_delay_it(
         assert idle.status(request()) == 200
         started = time.monotonic()
         assert process.stop(number) == 0
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < receiver.SHUTDOWN_GRACE
         assert idle.is_closed()
         assert silent.is_closed()
         assert without_tls.recv(1) == b""
 
 
-def test_a_stop_finishes_the_requests_in_flight_and_loses_no_acknowledged_call(
-    tmp_path: Path,
-) -> None:
+def test_a_stop_finishes_the_requests_in_flight() -> None:
+    arrived = threading.Event()
+    go_on = threading.Event()
+
+    def wait() -> None:
+        arrived.set()
+        assert go_on.wait(9)
+
+    with receiver.serve(Recorder(wait), port=0) as server, ThreadPoolExecutor(2) as pool:
+        reply = pool.submit(post, server)
+        assert arrived.wait(9)
+        stopping = pool.submit(server.stop)
+        wait_until(lambda: server.stopping)
+        go_on.set()
+        assert reply.result().status_code == 200
+        stopping.result()
+
+
+def test_a_stop_under_load_loses_no_acknowledged_call(tmp_path: Path) -> None:
     with RunningReceiver(tmp_path) as process, Load(process, "load", 8) as load:
         wait_until(lambda: len(load.stored) > 200)
         assert process.stop() == 0
@@ -3259,59 +3636,96 @@ def test_a_stop_finishes_the_requests_in_flight_and_loses_no_acknowledged_call(
     assert "Traceback" not in process.log
 
 
-def test_a_request_that_is_still_incomplete_after_the_grace_is_503(tmp_path: Path) -> None:
+def test_a_request_that_is_still_incomplete_after_the_shutdown_grace_is_503(
+    tmp_path: Path,
+) -> None:
     with RunningReceiver(tmp_path) as process, TlsClient(process) as client:
         expecting = head("Expect: 100-continue", length=len(TRACK_JSON))
         assert client.status(expecting) == 100
         started = time.monotonic()
         assert process.stop() == 0
-        assert time.monotonic() - started < 10
+        grace = receiver.SHUTDOWN_GRACE
+        assert grace <= time.monotonic() - started < grace + 3
         reply = client.reply()
         assert (reply.status, reply.message) == (503, "Shutting down")
 
 
-@pytest.mark.parametrize("hang", ["def close(self):", "def track(self, *arguments):"])
-def test_a_stop_that_hangs_is_ended_by_force_within_10_seconds(tmp_path: Path, hang: str) -> None:
-    (tmp_path / "hanging.py").write_text(
-        "import receiver, time\n"
-        "class Hanging(receiver.Destination):\n"
-        "    def identify(self, *arguments): pass\n"
-        f"    {hang} time.sleep(60)\n"
-        "receiver.main(Hanging())\n"
-    )
-    with run_program(tmp_path, "hanging.py") as process, TlsClient(process) as client:
+HANGS_IN_CLOSE = """
+import receiver, time
+
+class Hanging(receiver.Destination):
+    def track(self, *arguments):
+        pass
+
+    def close(self):
+        time.sleep(60)
+
+receiver.FORCED_EXIT_AFTER = 2
+receiver.main(Hanging())
+"""
+
+
+def test_a_destination_that_hangs_in_close_is_ended_by_force(tmp_path: Path) -> None:
+    assert receiver.FORCED_EXIT_AFTER < 10
+    with run_program(tmp_path, HANGS_IN_CLOSE) as process:
+        assert post(process).status_code == 200
+        started = time.monotonic()
+        assert process.stop() == 0
+        assert 2 <= time.monotonic() - started < 5
+        assert "ending the process by force" in process.log
+
+
+HANGS_IN_A_HANDLER = """
+import receiver, time
+
+class Hanging(receiver.Destination):
+    def identify(self, *arguments):
+        pass
+
+    def track(self, *arguments):
+        time.sleep(60)
+
+receiver.main(Hanging())
+"""
+
+
+def test_a_handler_that_hangs_does_not_keep_the_process_alive(tmp_path: Path) -> None:
+    with run_program(tmp_path, HANGS_IN_A_HANDLER) as process, TlsClient(process) as client:
         client.send(request())
         assert post(process, SAMPLES["identify"]).status_code == 200
         started = time.monotonic()
         assert process.stop() == 0
-        assert time.monotonic() - started < 10.5
+        assert time.monotonic() - started < 10
 
 
 # ---- TLS -----------------------------------------------------------------------------------------
 
 
-def make_certificate(folder: Path, name: str) -> None:
-    command(
-        *["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"],
-        *["-nodes", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
-        *["-keyout", folder / f"{name}.key", "-out", folder / f"{name}.pem"],
-        check=True,
-    )
+def make_certificate(folder: Path, name: str, algorithm: str = "ec") -> tuple[Path, Path]:
+    """Make a self-signed certificate for localhost, and return its file and that of its key."""
+    cert = folder / f"{name}.pem"
+    key = folder / f"{name}-key.pem"
+    options = {
+        "ec": ["-pkeyopt", "ec_paramgen_curve:P-256"],
+        "rsa": ["-pkeyopt", "rsa_keygen_bits:2048"],
+    }
+    words = ["openssl", "req", "-x509", "-newkey", algorithm, *options[algorithm], "-nodes"]
+    words += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    command(*words, "-keyout", key, "-out", cert, check=True)
+    return cert, key
 
 
 def test_sighup_reads_the_certificate_again_without_dropping_a_connection(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        make_certificate(tmp_path, name)
-    cert = tmp_path / "one.pem"
-    options = ["--tls-cert", cert, "--tls-key", tmp_path / "one.key"]
-    with RunningReceiver(tmp_path, *options) as process:
-        process.tls_cert = str(tmp_path / "one.pem")
+    cert, key = make_certificate(tmp_path, "one")
+    new_cert, new_key = make_certificate(tmp_path, "two")
+    with RunningReceiver(tmp_path, "--tls-cert", cert, "--tls-key", key) as process:
+        process.tls_cert = str(cert)
         with TlsClient(process) as old:
-            shutil.copy(tmp_path / "two.key", tmp_path / "one.key")
-            shutil.copy(tmp_path / "two.pem", tmp_path / "one.pem")
+            shutil.copy(new_key, key)
+            shutil.copy(new_cert, cert)
             process.send_signal(signal.SIGHUP)
             process.wait_for_log("Reloaded the certificate")
-            process.tls_cert = str(tmp_path / "two.pem")
+            process.tls_cert = str(new_cert)
             with TlsClient(process) as new:
                 assert new.status(request()) == 200
             assert old.status(request()) == 200
@@ -3322,125 +3736,161 @@ def test_sighup_reads_the_certificate_again_without_dropping_a_connection(tmp_pa
     {
         "empty": lambda path: path.write_text(""),
         "junk": lambda path: path.write_text("junk"),
-        "missing": lambda path: path.unlink(),
-        "a FIFO": replace_by_fifo,
+        "missing": Path.unlink,
+        "a FIFO": replace_with_fifo,
     },
 )
 def test_a_certificate_that_cannot_be_used_leaves_the_old_one_in_force(
     tmp_path: Path, break_file: Callable[[Path], object]
 ) -> None:
-    for name in ("one.pem", "one.key"):
-        shutil.copy(CERT if name == "one.pem" else CERT_KEY, tmp_path / name)
-    options = ["--tls-cert", tmp_path / "one.pem", "--tls-key", tmp_path / "one.key"]
-    with RunningReceiver(tmp_path, *options) as process:
-        break_file(tmp_path / "one.pem")
+    cert = tmp_path / "one.pem"
+    key = tmp_path / "one-key.pem"
+    shutil.copy(CERT, cert)
+    shutil.copy(CERT_KEY, key)
+    with RunningReceiver(tmp_path, "--tls-cert", cert, "--tls-key", key) as process:
+        break_file(cert)
         process.send_signal(signal.SIGHUP)
         process.wait_for_log("Keeping the previous certificate: ")
         assert post(process).status_code == 200
         assert process.stop() == 0
 
 
-@pytest.mark.parametrize(
-    ("version", "ciphers", "accepted"),
-    [
-        ("TLSv1", "ALL", False),
-        ("TLSv1_1", "ALL", False),
-        ("TLSv1_2", "kRSA", False),
-        ("TLSv1_2", "ECDHE+SHA", False),
-        ("TLSv1_2", "aNULL", False),
-        ("TLSv1_2", "ALL", True),
-        ("TLSv1_3", "ALL", True),
-    ],
+def tls_context(cert: str, version: str, ciphers: str) -> ssl.SSLContext:
+    """A client that speaks exactly this version of TLS, with these ciphers, however weak."""
+    context = ssl.create_default_context(cafile=cert)
+    context.set_ciphers(f"{ciphers}:@SECLEVEL=0")
+    context.minimum_version = ssl.TLSVersion[version]
+    context.maximum_version = ssl.TLSVersion[version]
+    return context
+
+
+@cases(
+    "version, ciphers",
+    {
+        "TLS 1.0": ("TLSv1", "ALL"),
+        "TLS 1.1": ("TLSv1_1", "ALL"),
+        "no forward secrecy": ("TLSv1_2", "kRSA"),
+        "CBC with SHA-1": ("TLSv1_2", "ECDHE+SHA"),
+        "no authentication": ("TLSv1_2", "aNULL"),
+    },
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_only_tls_1_2_and_1_3_with_forward_secrecy_are_spoken(
-    running: RunningReceiver, version: str, ciphers: str, accepted: bool
+def test_an_old_version_or_a_weak_cipher_is_refused_with_an_alert(
+    tmp_path: Path, version: str, ciphers: str
 ) -> None:
+    cert, key = make_certificate(tmp_path, "rsa", "rsa")  # kRSA needs such a certificate
+    with receiver.serve(Recorder(), port=0, tls_cert=cert, tls_key=key) as server:
+        assert post(server).status_code == 200
+        with pytest.raises(ssl.SSLError, match="alert"):
+            TlsClient(server, tls_context(server.tls_cert, version, ciphers))
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_tls_1_2_and_1_3_are_spoken_with_forward_secrecy(
+    running: RunningReceiver, version: str
+) -> None:
+    with TlsClient(running, tls_context(running.tls_cert, version, "ALL")) as client:
+        cipher = client.tls.cipher()
+        assert str(client.tls.version()).replace(".", "_") == version
+        assert cipher
+        assert cipher[0].startswith("TLS_" if version == "TLSv1_3" else "ECDHE-")
+
+
+def test_http_1_1_is_chosen_by_alpn(running: RunningReceiver) -> None:
+    context = ssl.create_default_context(cafile=running.tls_cert)
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    with TlsClient(running, context) as client:
+        assert client.tls.selected_alpn_protocol() == "http/1.1"
+
+
+def test_tls_compression_is_declined(running: RunningReceiver) -> None:
     context = ssl.create_default_context(cafile=running.tls_cert)
     context.options &= ~ssl.OP_NO_COMPRESSION
-    context.set_ciphers(f"{ciphers}:@SECLEVEL=0")
-    context.set_alpn_protocols(["h2", "http/1.1"])
-    context.minimum_version = ssl.TLSVersion.TLSv1
-    context.maximum_version = ssl.TLSVersion[version]
-    if not accepted:
-        with pytest.raises(OSError):
-            TlsClient(running, context)
-        return
     with TlsClient(running, context) as client:
-        assert str(client.tls.version()).replace(".", "_") == version
-        assert str(client.tls.cipher()).startswith(("('ECDHE-", "('TLS_"))
-        assert client.tls.selected_alpn_protocol() == "http/1.1"
         assert client.tls.compression() is None
 
 
-def test_there_is_no_renegotiation(running: RunningReceiver) -> None:
+def test_renegotiation_is_refused(running: RunningReceiver) -> None:
     address = urlsplit(running.url).netloc
+    # R has s_client ask for a renegotiation, which TLS 1.3 does not have.
     shown = command("openssl", "s_client", "-tls1_2", "-connect", address, input="R\n", timeout=10)
     assert "no renegotiation" in shown.stderr
 
 
-# ---- An open port --------------------------------------------------------------------------------
+# ---- Hostile clients -----------------------------------------------------------------------------
+
+
+def stall_in_handshake(process: RunningReceiver) -> bytes:
+    """What the server sends to a client that stops in the middle of its handshake."""
+    with connect(process) as sock:
+        sock.sendall(b"\x16\x03\x01\x02")
+        return sock.recv(65_536)
+
+
+def stall_in_body(process: RunningReceiver) -> bytes:
+    """What the server sends to a client that stops in the middle of a body."""
+    with TlsClient(process) as client:
+        return client.send(head(length=5000) + b'{"type"').tls.recv(65_536)
+
+
+def trickle_a_head(process: RunningReceiver) -> bytes:
+    """What the server sends to a client that sends a byte of a head five times a second."""
+    with TlsClient(process) as client:
+        client.tls.settimeout(0.2)
+        client.send(b"POST /")
+        for _ in range(50):
+            with contextlib.suppress(TimeoutError):
+                return client.tls.recv(65_536)
+            client.send(b"a")
+    return b""
 
 
 @on_linux
-def test_clients_that_are_stuck_or_trickle_are_gone_after_the_timeout(
-    tmp_path: Path, pool: ThreadPoolExecutor
-) -> None:
-    beginnings = {
-        "handshake": b"\x16\x03\x01\x02",
-        "body": head(length=5000) + b'{"type"',
-        "trickle": b"POST /",
-    }
+def test_clients_that_stall_or_trickle_are_disconnected_after_the_timeout(tmp_path: Path) -> None:
     with RunningReceiver(tmp_path, "--timeout", "3") as process:
         assert post(process).status_code == 200
-        wait_until(lambda: process.threads() <= 4)
+        wait_until(lambda: process.threads() <= THREADS_AT_REST)
         files_at_rest = process.open_files()
-        context = ssl.create_default_context(cafile=process.tls_cert)
-
-        def first_bytes(kind: str) -> tuple[bytes, float]:
-            """What the server sends to such a client, and after how many seconds."""
-            started = time.monotonic()
-            plain = kind == "handshake"
-            with connect(process) if plain else TlsClient(process, context).tls as sock:
-                sock.sendall(beginnings[kind])
-                sock.settimeout(0.2)
-                while time.monotonic() - started < 9:
-                    with contextlib.suppress(TimeoutError):
-                        return sock.recv(65_536), time.monotonic() - started
-                    if kind == "trickle":
-                        sock.send(b"a")
-            return b"", time.monotonic() - started
-
-        kinds = ["handshake"] * 60 + ["body"] * 60 + ["trickle"] * 180
         with ThreadPoolExecutor(300) as clients, Load(process, "normal", 1) as load:
-            results = list(clients.map(first_bytes, kinds))
-        replies = [reply for reply, _ in results if reply.startswith(b"HTTP/1.1 408 ")]
-        assert len(replies) == 240
-        assert max(seconds for _, seconds in results) < 7
+            started = time.monotonic()
+            handshakes = [clients.submit(stall_in_handshake, process) for _ in range(60)]
+            bodies = [clients.submit(stall_in_body, process) for _ in range(60)]
+            trickles = [clients.submit(trickle_a_head, process) for _ in range(180)]
+            assert {future.result() for future in handshakes} == {b""}
+            assert {future.result()[:13] for future in [*bodies, *trickles]} == {b"HTTP/1.1 408 "}
+            assert time.monotonic() - started < 8
         assert len(load.stored) > 100
         assert load.other_statuses == []
-        wait_until(lambda: process.threads() <= 4 and process.open_files() <= files_at_rest)
+        wait_until(
+            lambda: process.threads() <= THREADS_AT_REST and process.open_files() <= files_at_rest
+        )
+
+
+def receive_queue(server_port: int, client_port: int) -> int | None:
+    """The bytes that a server has not read from a connection, or None if it no longer exists."""
+    pattern = rf":{server_port:04X} 0100007F:{client_port:04X} \S+ \w+:(\w+)"
+    found = re.search(pattern, Path("/proc/net/tcp").read_text())
+    return int(found[1], 16) if found else None
 
 
 @on_linux
-def test_a_client_that_reads_no_reply_is_gone_after_the_timeout(running: RunningReceiver) -> None:
-    with TlsClient(running) as client:
-        server_port = f"{urlsplit(running.url).port:04X}"
-        client_port = f"{client.tls.getsockname()[1]:04X}"
-        pattern = rf":{server_port} 0100007F:{client_port} \S+ \w+:(\w+)"
-
-        def unread() -> int | None:
-            """How many bytes the server has not read yet, or None if the connection is gone."""
-            found = re.search(pattern, Path("/proc/net/tcp").read_text())
-            return int(found[1], 16) if found else None
-
+def test_a_client_that_reads_no_reply_is_disconnected_after_the_timeout(
+    impatient: RunningReceiver,
+) -> None:
+    with TlsClient(impatient) as client:
+        ports = urlsplit(impatient.url).port or 0, client.tls.getsockname()[1]
         assert client.status(request()) == 200
-        while not unread():  # until the server is stuck, because its replies fill all buffers
-            client.send(head(target="/" + "x" * 70, length=0) * 50)
-            with contextlib.suppress(AssertionError):
-                wait_until(lambda: not unread(), 0.3)
-        wait_until(lambda: unread() is None, 8)
-    assert post(running).status_code == 200
+        # Send requests until the replies fill all buffers, and the server no longer reads.
+        stuck_since = None
+        while stuck_since is None or time.monotonic() - stuck_since < 0.3:
+            if receive_queue(*ports):
+                stuck_since = stuck_since or time.monotonic()
+                time.sleep(0.01)
+            else:
+                stuck_since = None
+                client.send(head(target="/" + "x" * 70, length=0) * 50)
+        wait_until(lambda: receive_queue(*ports) is None, 8)
+    assert post(impatient).status_code == 200
 
 
 def track_with(properties: str) -> bytes:
@@ -3455,59 +3905,71 @@ def object_with_keys(parts: Sequence[str], repeat: int) -> bytes:
 
 
 @cases(
-    "data, statuses",
+    "data, status",
     {
-        "arrays, 10,000 levels": (track_with("[" * 10_000 + "]" * 10_000), {400}),
-        "objects, 10,000 levels": (track_with('{"a":' * 10_000 + "1" + "}" * 10_000), {400}),
-        "arrays without an end": (track_with("[" * 500_000), {400}),
-        "50,000 keys": (object_with_keys("0123456789abcde", 4), {200}),
-        "keys that flood a hash table": (object_with_keys(("Ez", "FY"), 13), {200}),
-        "keys that become one": (object_with_keys(("a-", "a ", "a_", "A"), 7), {200}),
-        "one key 80,000 times": (track_with("{" + '"a":0,' * 80_000 + '"a":0}'), {200}),
-        "a key of 500,000 capitals": (track_with('{"' + "aB" * 250_000 + '": 1}'), {200}),
-        "escapes": (track_with('{"a": "' + r"\u0000" * 80_000 + '"}'), {200}),
+        "arrays, 10,000 levels": (track_with("[" * 10_000 + "]" * 10_000), 400),
+        "objects, 10,000 levels": (track_with('{"a":' * 10_000 + "1" + "}" * 10_000), 400),
+        "arrays without an end": (track_with("[" * 500_000), 400),
+        "50,000 keys": (object_with_keys("0123456789abcde", 4), 200),
+        # These collide in Java's String.hashCode.
+        "keys that flood a hash table": (object_with_keys(("Ez", "FY"), 13), 200),
+        "keys that become one": (object_with_keys(("a-", "a ", "a_", "A"), 7), 200),
+        "one key 80,000 times": (track_with("{" + '"a":0,' * 80_000 + '"a":0}'), 200),
+        "a key of 500,000 capitals": (track_with('{"' + "aB" * 250_000 + '": 1}'), 200),
+        "escapes": (track_with('{"a": "' + r"\u0000" * 80_000 + '"}'), 200),
         "an unpaired surrogate after many pairs": (
             track_with('{"a": "' + r"\ud83d\ude00" * 40_000 + r'\ud83d"}'),
-            {400},
+            400,
         ),
-        "long integers": (track_with('{"a": [' + ("9" * 300 + ",") * 1700 + "1]}"), {200}),
-        "a long fraction": (track_with('{"a": 0.' + "1" * 500_000 + "}"), {200}),
-        "a very long integer": (track_with('{"a": ' + "1" * 500_000 + "}"), {400}),
-        "an unterminated string of quotes": (track_with('"' + r"\"" * 250_000), {400}),
+        "long integers": (track_with('{"a": [' + ("9" * 300 + ",") * 1700 + "1]}"), 200),
+        "a long fraction": (track_with('{"a": 0.' + "1" * 500_000 + "}"), 200),
+        "a very long integer": (track_with('{"a": ' + "1" * 500_000 + "}"), 400),
+        "an unterminated string of quotes": (track_with('"' + r"\"" * 250_000), 400),
         "a charset with a number": (
-            request(TRACK, f"{MEDIA}; charset*{'0' * 5000}=utf-8"),
-            {200, 415},
+            request(TRACK, f"{JSON_TYPE}; charset*{'0' * 5000}=utf-8"),
+            200,
         ),
-        "a charset with a language": (request(TRACK, f"{MEDIA}; charset*=x'y'%ff"), {200, 415}),
-        "many parameters": (request(TRACK, MEDIA + "; a=b" * 9000), {200, 415}),
-        "an open quotation": (request(TRACK, f'{MEDIA}; "' + ";" * 60_000), {415}),
-        "many codings": (request(TRACK, "Content-Encoding: " + "x," * 30_000), {415}),
+        "a charset with a language": (request(TRACK, f"{JSON_TYPE}; charset*=x'y'%ff"), 200),
+        "many parameters": (request(TRACK, JSON_TYPE + "; a=b" * 9000), 200),
+        "an unclosed quotation mark": (request(TRACK, f'{JSON_TYPE}; "' + ";" * 60_000), 415),
+        "many codings": (request(TRACK, "Content-Encoding: " + "x," * 30_000), 415),
         "deep settings": (
             request(TRACK, "X-Segment-Settings: " + base64.b64encode(b"[" * 40_000).decode()),
-            {400},
+            400,
         ),
-        "many options": (request(TRACK, "Connection: " + "," * 60_000), {200}),
-        "whitespace in a header": (request(TRACK, "X: a" + " " * 60_000 + "b"), {200}),
+        "60,000 commas in Connection": (request(TRACK, "Connection: " + "," * 60_000), 200),
+        "whitespace in a header": (request(TRACK, "X: a" + " " * 60_000 + "b"), 200),
         "whitespace before a control character": (
             request(TRACK, "X:" + " " * 60_000 + "\1"),
-            {400},
+            400,
         ),
-        "many expectations": (request(TRACK, "Expect: " + "100-continue," * 4000), {200}),
+        "many expectations": (request(TRACK, "Expect: " + "100-continue," * 4000), 200),
     },
 )
 def test_a_heavy_request_is_answered_within_a_second(
-    running: RunningReceiver, data: bytes, statuses: set[int]
+    running: RunningReceiver, data: bytes, status: int
 ) -> None:
-    with TlsClient(running) as client:
-        started = time.monotonic()
-        assert client.status(data) in statuses
-        assert time.monotonic() - started < 1.5
+    seconds = []
+    for _ in range(3):  # the best of three, because other programs may be running
+        with TlsClient(running) as client:
+            started = time.monotonic()
+            assert client.status(data) == status
+            seconds.append(time.monotonic() - started)
+        if seconds[-1] < 1:
+            break
+    assert min(seconds) < 1
 
 
-@pytest.mark.parametrize(
+@cases(
     "value",
-    ["'); drop table calls; --", '"', "\u202e\x1b[m\r\nForged", "x" * 80_000, "🙂\uffff", "%s"],
-    ids=lambda value: repr(value)[:20],
+    {
+        "SQL": "'); drop table calls; --",
+        "a quotation mark": '"',
+        "control characters": "\u202e\x1b[m\r\nForged",
+        "80,000 characters": "x" * 80_000,
+        "characters beyond the usual": "🙂\uffff",
+        "a format": "%s",
+    },
 )
 def test_any_text_in_an_id_is_stored_as_it_was_sent_and_forges_no_line(
     running: RunningReceiver, value: str
@@ -3519,49 +3981,79 @@ def test_any_text_in_an_id_is_stored_as_it_was_sent_and_forges_no_line(
     [found] = rows(running.database, query, value)
     assert found[:2] == (value, value)
     assert json.loads(found[2]) == call
+    running.log_length()  # waits until the line is in the log
     assert not re.search("^Forged|\x1b", running.log, re.M)
 
 
 VALID = [
     request(),
-    request(TRACK, "Connection: keep-alive", *TABLE),
+    request(TRACK, "Connection: keep-alive", *SEGMENT_HEADERS),
     head(method="GET", target="/health"),
 ]
+# Bytes that are put into valid requests.
 PARTS = [
-    *[b"\r\n", b"\n", b"\r", b"\0", b" ", b":", b"\t", b"9", b"\xff", b"", b"\r\n\r\n"],
-    *[b"HTTP/1.0", b"Host: x\r\n", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n"],
-    *[b"Expect: 100-continue\r\n", b"[", b'"', b"{", rb"\ud800", b"1e999"],
+    b"",
+    b"\r\n",
+    b"\n",
+    b"\r",
+    b"\0",
+    b" ",
+    b":",
+    b"\t",
+    b"9",
+    b"\xff",
+    b"\r\n\r\n",
+    b"HTTP/1.0",
+    b"Host: x\r\n",
+    b"Content-Length: 3\r\n",
+    b"Transfer-Encoding: chunked\r\n",
+    b"Expect: 100-continue\r\n",
+    b"[",
+    b'"',
+    b"{",
+    rb"\ud800",
+    b"1e999",
 ]
 
 
-def mutated(chance: random.Random) -> bytes:
-    """A valid request, in which a few bytes are missing, changed or added."""
-    whole = chance.random() < 0.6
-    data = bytearray(chance.choice(VALID) if whole else TRACK_JSON)
-    for _ in range(chance.randrange(1, 4)):
-        at = chance.randrange(len(data))
-        removed = chance.choice((0, 0, 1, 1, 2, 30))
-        data[at : at + removed] = chance.choice((chance.choice(PARTS), chance.randbytes(2)))
-    return bytes(data) if whole else request(bytes(data))
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """Return the data with a few bytes missing, changed or added."""
+    mutated = bytearray(data)
+    for _ in range(rng.randrange(1, 4)):
+        at = rng.randrange(len(mutated) + 1)
+        removed = rng.choice((0, 0, 1, 1, 2, 30))
+        mutated[at : at + removed] = rng.choice((rng.choice(PARTS), rng.randbytes(2)))
+    return bytes(mutated)
 
 
-def test_any_mutation_of_a_head_is_parsed_or_refused() -> None:
-    chance = random.Random(4)
+def mutated_request(rng: random.Random) -> bytes:
+    """A valid request after a mutation, most often of its head, or else of its body."""
+    if rng.random() < 0.6:
+        return mutate(rng.choice(VALID), rng)
+    return request(mutate(TRACK_JSON, rng))
+
+
+def test_mutated_heads_raise_nothing_but_refusals() -> None:
+    rng = random.Random(4)
+    refused = 0
     for _ in range(5000):
-        text = mutated(chance).partition(b"\r\n\r\n")[0].decode("latin-1")
-        with contextlib.suppress(receiver.Refusal):
-            receiver.parse_head(text)
+        data = mutate(rng.choice(VALID), rng).partition(b"\r\n\r\n")[0]
+        try:
+            receiver.parse_head(data.decode("latin-1"))
+        except receiver.Refusal:
+            refused += 1
+    assert 1000 < refused < 4900
 
 
 def test_any_mutation_of_a_request_is_answered_without_an_internal_error(
     running: RunningReceiver,
 ) -> None:
-    chance = random.Random(5)
+    rng = random.Random(5)
     context = ssl.create_default_context(cafile=running.tls_cert)
     statuses: list[int] = []
     for _ in range(800):
         with TlsClient(running, context) as client:
-            client.send(mutated(chance) + mutated(chance)).half_close()
+            client.send(mutated_request(rng) + mutated_request(rng)).half_close()
             while status := client.reply().status:
                 statuses.append(status)
             assert client.buffer == b""
@@ -3569,26 +4061,30 @@ def test_any_mutation_of_a_request_is_answered_without_an_internal_error(
     assert set(statuses) <= {100, 200, 400, 401, 404, 405, 411, 413, 415, 431, 501, 505}
 
 
-@pytest.mark.parametrize(
+@cases(
     "noise",
-    [
-        b"\0" * 300,
-        random.Random(5).randbytes(3000),
-        b"SSH-2.0-x\r\n",
-        b"\x80\x2e\x01\0\2",
-        b"\x16\x03\x01\xff\xff" + b"x" * 70_000,
-        b"\x15\x03\x03\0\2\2\x28",
-    ],
-    ids=lambda data: str(data)[:20],
+    {
+        "zeros": b"\0" * 300,
+        "random bytes": random.Random(5).randbytes(3000),
+        "an SSH banner": b"SSH-2.0-x\r\n",
+        "an SSLv2 hello": b"\x80\x2e\x01\0\2",
+        "a TLS record that is too long": b"\x16\x03\x01\xff\xff" + b"x" * 70_000,
+        "a TLS alert": b"\x15\x03\x03\0\2\2\x28",
+    },
 )
-def test_noise_on_the_port_is_one_line_in_the_log(running: RunningReceiver, noise: bytes) -> None:
+def test_noise_on_the_port_leaves_one_line_in_the_log(
+    running: RunningReceiver, noise: bytes
+) -> None:
     before = running.log_length()
+    received = bytearray()
     with connect(running) as sock, contextlib.suppress(ConnectionError):
         sock.sendall(noise)
         sock.shutdown(socket.SHUT_WR)
-        assert b"HTTP" not in b"".join(iter(lambda: sock.recv(9999), b""))
-    wait_until(lambda: len(running.log) > before)
-    assert re.fullmatch(r"\S+Z Connection from 127\.0\.0\.1 failed: .+\n", running.log[before:])
+        while data := sock.recv(9999):
+            received += data
+    assert b"HTTP" not in received
+    [line] = running.lines_after(before, "Connection from")
+    assert re.fullmatch(rf"{TIME} Connection from 127\.0\.0\.1 failed: .+", line)
 
 
 def test_a_client_that_only_probes_the_port_leaves_no_line_in_the_log(
@@ -3598,52 +4094,49 @@ def test_a_client_that_only_probes_the_port_leaves_no_line_in_the_log(
     for _ in range(20):
         connect(running).close()
     after = running.log_length()
-    assert running.log[before:after].count("\n") == 1  # that of log_length itself
+    lines = running.log[before:after].splitlines()
+    assert [line for line in lines if " mark-" not in line] == []
 
 
 def test_clients_that_reset_during_the_handshake_leave_no_traceback(
     running: RunningReceiver,
 ) -> None:
+    before = running.log_length()
     for number in range(300):
         with connect(running) as sock:
             sock.send(b"\x16\x03\x01"[: number % 3])
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
     assert post(running).status_code == 200
-    assert "Traceback" not in running.log
+    after = running.log_length()
+    assert "Traceback" not in running.log[before:after]
 
 
 @on_linux
-def test_after_an_attack_nothing_has_leaked(tmp_path: Path) -> None:
+def test_mutated_requests_leave_no_threads_files_or_memory_behind(tmp_path: Path) -> None:
     with RunningReceiver(tmp_path, "--timeout", "1") as process:
         assert post(process).status_code == 200
-        wait_until(lambda: process.threads() <= 4)
+        wait_until(lambda: process.threads() <= THREADS_AT_REST)
         files_at_rest = process.open_files()
-        chance = random.Random(6)
+        rng = random.Random(6)
         for _ in range(200):
             with contextlib.suppress(OSError), TlsClient(process) as client:
-                client.send(mutated(chance))
-                if chance.random() < 0.5:
+                client.send(mutated_request(rng))
+                if rng.random() < 0.5:
                     client.reset()
-        wait_until(lambda: process.threads() <= 4 and process.open_files() <= files_at_rest)
+        wait_until(
+            lambda: process.threads() <= THREADS_AT_REST and process.open_files() <= files_at_rest
+        )
         assert process.memory_mb() < 150
         assert rows(process.database, "pragma integrity_check") == [("ok",)]
         assert "Traceback" not in process.log
-        assert basic("segment").split()[1] not in process.log
 
 
 # ==================================================================================================
 # Part 4. Entry points
 #
-# `serve` inside a program, `main` for a program of one's own, the command line with every mistake
-# that one can make there, and the keys that it makes.
+# `serve` inside a program, `main` in a program with its own destination, the command line and its
+# error messages, and adding API keys.
 # ==================================================================================================
-
-
-def run_program(folder: Path, name: str, *options: object) -> RunningReceiver:
-    """Run a program that calls receiver.main(), from a separate folder."""
-    environment = {**os.environ, "PYTHONPATH": str(HERE)}
-    program = [sys.executable, name]
-    return RunningReceiver(folder, *options, program=program, cwd=folder, env=environment)
 
 
 CONTACTS = """
@@ -3653,55 +4146,74 @@ class Contacts(receiver.Destination):
     def identify(self, user_id, traits, call):
         if "email" not in traits:
             raise receiver.Refusal(400, "Missing email address")
-        return 202 // len(traits["email"])
+        if not traits["email"]:
+            raise ZeroDivisionError
+        return 202
 
 if __name__ == "__main__":
     receiver.main(Contacts())
 """
 
 
-def test_a_program_with_its_own_destination_has_every_option_but_database(tmp_path: Path) -> None:
-    (tmp_path / "contacts.py").write_text(CONTACTS)
-    with run_program(tmp_path, "contacts.py", "--path", "/in", "--max-body", "200") as process:
+def test_a_program_with_its_own_destination_answers_what_its_methods_say(tmp_path: Path) -> None:
+    with run_program(tmp_path, CONTACTS) as process:
         process.wait_for_log("^Calls go to Contacts.$")
-        assert process.url.endswith("/in")
         for traits, status in (({}, 400), ({"email": "@"}, 202), ({"email": ""}, 500)):
             reply = post(process, {"type": "identify", "user_id": "u", "traits": traits})
             assert reply.status_code == status
         assert post(process).status_code == 501
-        assert post(process, {"type": "identify", "x": "x" * 200}).status_code == 413
         process.wait_for_log("^    ZeroDivisionError")
+
+
+def test_a_program_with_its_own_destination_takes_the_server_options(tmp_path: Path) -> None:
+    with run_program(tmp_path, CONTACTS, "--path", "/in", "--max-body", "200") as process:
+        assert process.url.endswith("/in")
+        assert post(process, {"type": "identify", "x": "x" * 200}).status_code == 413
+
+
+def test_a_program_with_its_own_destination_has_every_server_option_but_database() -> None:
+    with_database = vars(receiver.make_parser(None).parse_args([]))
+    without_database = vars(receiver.make_parser(Recorder()).parse_args([]))
+    assert with_database.keys() - without_database.keys() == {"database"}
+
+
+def test_the_help_of_a_program_names_its_own_destination(tmp_path: Path) -> None:
+    (tmp_path / "contacts.py").write_text(CONTACTS)
     environment = {**os.environ, "PYTHONPATH": str(HERE)}
-    usual: dict[str, Any] = {"cwd": tmp_path, "env": environment}
-    refused = command(sys.executable, "contacts.py", "--database", "x", **usual)
-    assert (refused.returncode, refused.stderr) == (
-        2,
-        "contacts.py: unrecognized arguments: --database x\n",
-    )
-    shown = command(sys.executable, "contacts.py", "--help", **usual).stdout
+    shown = command(sys.executable, "contacts.py", "--help", cwd=tmp_path, env=environment).stdout
     assert "usage: contacts.py " in shown
     assert "pass them to Contacts." in shown
 
 
-def test_a_program_may_pass_a_store_of_its_own(tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text("import receiver\nreceiver.main(receiver.Store('own.db'))\n")
-    with run_program(tmp_path, "own.py") as process:
+OWN_STORE = """
+import receiver
+receiver.main(receiver.Store("own.db"))
+"""
+
+
+def test_a_program_may_pass_its_own_store(tmp_path: Path) -> None:
+    with run_program(tmp_path, OWN_STORE) as process:
         assert post(process).status_code == 200
         process.wait_for_log("^Calls go to Store.$")
     assert (tmp_path / "own.db").exists()
 
 
-def test_serve_is_a_real_endpoint_until_its_context_ends() -> None:
+def test_serve_answers_until_its_with_block_ends() -> None:
     with receiver.serve(Recorder(), port=0, path="/in", max_body=200) as server:
         assert server.url.endswith("/in")
         assert post(server).status_code == 200
         assert post(server, {**TRACK, "context": {"title": "x" * 200}}).status_code == 413
     with pytest.raises(requests.ConnectionError):
         post(server)
+
+
+def test_serve_leaves_no_thread_behind() -> None:
+    with receiver.serve(Recorder(), port=0) as server:
+        assert post(server).status_code == 200
     assert threading.enumerate() == [threading.main_thread()]
 
 
-def test_serve_takes_its_files_from_beside_receiver_py_in_any_folder(
+def test_serve_finds_its_files_beside_receiver_py_and_stores_in_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -3715,7 +4227,7 @@ def test_two_servers_on_port_0_have_different_ports() -> None:
         receiver.serve(Recorder(), port=0) as one,
         receiver.serve(Recorder(), port=0) as other,
     ):
-        assert len({8443, urlsplit(one.url).port, urlsplit(other.url).port}) == 3
+        assert one.url != other.url
 
 
 class Closing(Recorder):
@@ -3739,17 +4251,19 @@ def test_a_server_that_cannot_start_does_not_close_the_destination() -> None:
     destination = Closing()
     with receiver.serve(Recorder(), port=0) as server:
         taken = urlsplit(server.url).port
-        with pytest.raises(receiver.ConfigurationError, match=f"cannot listen on .*{taken}.* in "):
+        with pytest.raises(
+            receiver.ConfigurationError, match=f"port {taken}: Address already in use"
+        ):
             receiver.serve(destination, port=taken)
     assert destination.closed == 0
 
 
-def test_a_destination_that_cannot_be_closed_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    class Stuck(Recorder):
+def test_an_error_in_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    class FailsToClose(Recorder):
         def close(self) -> None:
             raise ZeroDivisionError
 
-    with receiver.serve(Stuck(), port=0):
+    with receiver.serve(FailsToClose(), port=0):
         pass
     assert "The destination could not be closed" in caplog.text
 
@@ -3757,13 +4271,22 @@ def test_a_destination_that_cannot_be_closed_is_logged(caplog: pytest.LogCapture
 @cases(
     "destination, message",
     {
-        "a name": ("contacts:Contacts", "destination must be a Destination, not 'contacts:C"),
-        "a class": (Recorder, r"destination must be a Destination, not <class .*\(\)\?$"),
-        "a function": (print, "destination must be a Destination, not <built-in"),
+        "a string": (
+            "contacts:Contacts",
+            "destination must be a Destination, not 'contacts:Contacts'",
+        ),
+        "a class": (
+            Recorder,
+            f"destination must be a Destination, not {Recorder}; did you forget ()?",
+        ),
+        "a function": (
+            print,
+            "destination must be a Destination, not <built-in function print>",
+        ),
     },
 )
 def test_what_is_not_a_destination_is_refused(destination: Any, message: str) -> None:
-    with pytest.raises(receiver.ConfigurationError, match=f"^{message}"):
+    with pytest.raises(receiver.ConfigurationError, match=f"^{re.escape(message)}$"):
         receiver.serve(destination, port=0)
 
 
@@ -3772,24 +4295,30 @@ def test_what_is_not_a_destination_is_refused(destination: Any, message: str) ->
     {
         "an unknown option": ({"colour": 1}, "unknown option 'colour'"),
         "help": ({"help": True}, "unknown option 'help'"),
-        "an option of the command line only": ({"add_key": "x"}, "unknown option 'add_key'"),
+        "an option for the command line only": ({"add_key": "x"}, "unknown option 'add_key'"),
         "version": ({"version": True}, "unknown option 'version'"),
         "database with a destination": ({"database": "x"}, "unknown option 'database'"),
         "a number that is too large": ({"port": 70_000}, "argument --port: must be an integer"),
-        "a number in words": ({"timeout": "soon"}, "argument --timeout: must be a number from"),
+        "a timeout that is not a number": (
+            {"timeout": "soon"},
+            "argument --timeout: must be a number from",
+        ),
         "a flag with a value": ({"quiet": "yes"}, "argument --quiet"),
         "a missing certificate": ({"tls_cert": "none.pem"}, "none.pem: No such file"),
         "missing keys": ({"api_keys": "none.json"}, "none.json: No such file"),
     },
 )
-def test_serve_names_an_option_that_cannot_be_used(options: dict[str, Any], message: str) -> None:
+def test_serve_names_an_option_or_a_file_that_cannot_be_used(
+    options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(receiver.ConfigurationError, match=f"^{message}"):
         receiver.serve(Recorder(), **{"port": 0, **options})
 
 
-def test_an_option_that_is_none_or_false_is_absent() -> None:
+def test_none_or_false_means_that_an_option_was_not_given() -> None:
     with receiver.serve(Recorder(), port=0, quiet=False, path=None) as server:
         assert server.url.endswith("/")
+        assert not server.options.quiet
 
 
 def test_a_configuration_error_is_one_printable_line() -> None:
@@ -3800,13 +4329,16 @@ def test_a_configuration_error_is_one_printable_line() -> None:
 # ---- The command line ----------------------------------------------------------------------------
 
 
-def test_it_prints_one_line_and_hints_that_work_as_pasted(running: RunningReceiver) -> None:
+def test_the_first_line_says_where_it_listens(running: RunningReceiver) -> None:
     assert re.fullmatch(r"Listening on https://127\.0\.0\.1:\d+/\n", running.first_line)
+
+
+def test_the_startup_hints_work_as_pasted(running: RunningReceiver) -> None:
     running.wait_for_log("^Warning: fixtures/keys.json holds demo keys")
     shown = command("sh", "-c", running.wait_for_log(r"^ +(curl .*)$")[1])
     assert shown.stdout.startswith("HTTP/1.1 200 OK")
     shown = command("sh", "-c", running.wait_for_log(r"^ +(sqlite3 .*)$")[1])
-    assert shown.stdout.split("\n")[0].endswith("|track|user-4711")
+    assert shown.stdout.split("\n")[0].endswith(f"|track|{SAMPLES['track']['user_id']}")
 
 
 def test_the_hints_are_quoted_for_the_shell(tmp_path: Path) -> None:
@@ -3821,7 +4353,7 @@ def test_the_hints_are_quoted_for_the_shell(tmp_path: Path) -> None:
             assert shown.returncode == 0
 
 
-def test_it_prints_nothing_else_on_standard_output(tmp_path: Path) -> None:
+def test_standard_output_is_only_the_line_that_says_where_it_listens(tmp_path: Path) -> None:
     with RunningReceiver(tmp_path) as process:
         assert post(process).status_code == 200
         process.send_signal(signal.SIGTERM)
@@ -3845,10 +4377,10 @@ def test_the_url_that_it_prints_can_be_used(tmp_path: Path, bind: str, url: str)
         assert post(process, api_key=api_key).status_code == 200
         assert "demo key" not in process.log
         hint = shlex.split(process.wait_for_log("curl.*")[0])
-        assert hint[hint.index("YOUR_API_KEY:") + 1] == process.url
+        assert {"YOUR_API_KEY:", process.url} <= set(hint)
 
 
-def test_beyond_loopback_demo_keys_are_refused_later_too(tmp_path: Path) -> None:
+def test_a_change_that_adds_demo_keys_is_refused_beyond_loopback(tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     api_key = add_key("Acme", "--api-keys", keys).stdout.strip()
     with RunningReceiver(tmp_path, "--api-keys", keys, "--bind", "0.0.0.0") as process:
@@ -3912,7 +4444,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a path beyond ASCII": (["--path", "/é"], PATH_RULE + "'/é'"),
     "the path of the health check": (
         ["--path", "/health"],
-        "argument --path: must not be /health, which is the health check",
+        "argument --path: must not be /health, which is the path of the health check",
     ),
     "timeout of zero": (
         ["--timeout", "0"],
@@ -3984,7 +4516,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "add-key with a mistyped type": (
         ["--add-key", "A", "--calls", "identify,tarck", "--api-keys", "k.json"],
-        f"argument --calls: must contain only {CALLS_LIST}, not 'tarck'",
+        f"argument --calls: {CALLS_RULE.removeprefix('calls ')}'tarck'",
     ),
     "add-key with a date in words": (
         ["--add-key", "A", "--expires", "soon", "--api-keys", "k.json"],
@@ -3992,13 +4524,13 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "add-key without a customer": (
         ["--add-key=", "--api-keys", "k.json"],
-        "argument --add-key: customer must be text that is printable and not empty",
+        f"argument --add-key: {CUSTOMER_RULE}",
     ),
-    "add-key to something else": (
+    "add-key to a file that holds no keys": (
         ["--add-key", "A", "--api-keys", "README.md"],
         "README.md: must be JSON: syntax error at line 1, column 1",
     ),
-    "add-key in no folder": (
+    "add-key in a missing folder": (
         ["--add-key", "A", "--api-keys", "nowhere/k.json"],
         "nowhere/k.json: No such file or directory",
     ),
@@ -4006,23 +4538,25 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 
 
 @cases("words, line", MISTAKES)
-def test_every_mistake_is_one_line_on_standard_error_and_exit_2(
+def test_a_mistake_prints_one_line_on_standard_error_and_exits_with_2(
     tmp_path: Path, words: list[str], line: str
 ) -> None:
     usual = ["--port=0", f"--database={tmp_path / 'calls.db'}"]
     done = command(*RECEIVER, *usual, *words)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"receiver.py: {line}\n")
-    assert not (HERE / "k.json").exists()
+    assert not (HERE / "k.json").exists()  # which some of the mistakes name for --add-key
 
 
 # ---- Adding an API key ---------------------------------------------------------------------------
 
 
-def add_key(customer: str, *options: object) -> subprocess.CompletedProcess[str]:
-    return command(*RECEIVER, "--add-key", customer, *options)
+def test_every_key_that_is_added_is_another_one(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    first = add_key("Acme", "--api-keys", keys).stdout
+    assert add_key("Acme", "--api-keys", keys).stdout != first
 
 
-def test_add_key_prints_a_random_key_once_and_stores_its_digest(tmp_path: Path) -> None:
+def test_add_key_prints_the_key_and_stores_only_its_digest(tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     done = add_key("Acme", "--api-keys", keys)
     api_key = done.stdout.strip()
@@ -4036,23 +4570,32 @@ def test_add_key_prints_a_random_key_once_and_stores_its_digest(tmp_path: Path) 
 def test_add_key_keeps_the_other_entries_and_the_mode_of_the_file(tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     add_key("Acme", "--api-keys", keys)
+    [before] = json.loads(keys.read_text())
     keys.chmod(0o640)
+    add_key("Other", "--api-keys", keys)
+    entries = json.loads(keys.read_text())
+    assert entries[0] == before
+    assert [entry["customer"] for entry in entries] == ["Acme", "Other"]
+    assert keys.stat().st_mode & 0o777 == 0o640
+
+
+def test_add_key_stores_calls_expires_and_a_customer_in_any_language(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
     options = ["--calls", "identify,group", "--expires", "2999-01-01"]
     api_key = add_key("Küche", "--api-keys", keys, *options).stdout.strip()
-    entries = json.loads(keys.read_text())
-    assert entries[0]["customer"] == "Acme"
     limits = {"calls": ["identify", "group"], "expires": "2999-01-01"}
-    assert entries[1] == {"customer": "Küche", "sha256": digest(api_key), **limits}
-    assert keys.stat().st_mode & 0o777 == 0o640
+    expected = {"customer": "Küche", "sha256": digest(api_key), **limits}
+    assert json.loads(keys.read_text()) == [expected]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can change the owner of a file")
 def test_add_key_as_root_keeps_the_owner_of_the_file(tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     add_key("Acme", "--api-keys", keys)
-    os.chown(keys, 65534, 65534)
+    nobody = 65534
+    os.chown(keys, nobody, nobody)
     add_key("Other", "--api-keys", keys)
-    assert (keys.stat().st_uid, keys.stat().st_gid) == (65534, 65534)
+    assert (keys.stat().st_uid, keys.stat().st_gid) == (nobody, nobody)
 
 
 def test_add_key_through_a_symbolic_link_changes_the_file_behind_it(tmp_path: Path) -> None:
@@ -4066,19 +4609,23 @@ def test_add_key_through_a_symbolic_link_changes_the_file_behind_it(tmp_path: Pa
     assert len(json.loads(keys.read_text())) == 2
 
 
-def test_a_failed_add_key_leaves_nothing_behind(
+def test_a_failed_add_key_leaves_the_file_unchanged_and_nothing_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> NoReturn:
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
+    keys = tmp_path / "keys.json"
+    add_key("Acme", "--api-keys", keys)
+    before = keys.read_bytes()
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="No space left"):
-        receiver.append_entry(str(tmp_path / "keys.json"), ENTRY)
-    assert list(tmp_path.iterdir()) == []
+        receiver.append_entry(str(keys), ENTRY)
+    assert keys.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [keys]
 
 
-def test_a_key_that_was_added_works_with_its_limits(tmp_path: Path) -> None:
+def test_an_added_key_permits_only_its_calls(tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     api_key = add_key("Acme", "--api-keys", keys, "--calls", "group").stdout.strip()
     with RunningReceiver(tmp_path, "--api-keys", keys) as process:
@@ -6476,7 +7023,7 @@ def test_of_a_batch_only_the_call_with_an_id_too_long_for_an_index_is_refused(
                 destination: Any = running.endpoint.destination
                 waiting = destination._queue
                 wait_until(lambda: len(destination._queue) == 6)
-                assert waiting is destination._waiting  # they are one batch
+                assert waiting is destination._queue  # they are one batch
             assert [each.result() for each in [blocked, *good]] == [200] * 6
             assert bad.result() == 400
     assert database.message_ids() == ["first", "m0", "m1", "m2", "m3", "m4", "m5"]
@@ -6599,12 +7146,12 @@ def test_a_server_that_accepts_a_connection_and_says_nothing_is_503_in_time(
 def postgres_process(folder: Path, port: int) -> Iterator[RunningReceiver]:
     """The program of the README in a process."""
     [block] = [block for block in readme_blocks("python") if "class Postgres(" in block.text]
-    (folder / "postgres.py").write_text(block.text)
-    with run_program(folder, "postgres.py", "--reuse-port", "--port", port) as process:
+    with run_program(folder, block.text, "--reuse-port", "--port", port) as process:
         yield process
 
 
-def test_help_needs_no_database(tmp_path: Path, postgresql: Cluster) -> None:
+@pytest.mark.skipif(not importlib.util.find_spec("psycopg"), reason="needs psycopg")
+def test_help_needs_no_database(tmp_path: Path) -> None:
     [block] = [block for block in readme_blocks("python") if "class Postgres(" in block.text]
     (tmp_path / "postgres.py").write_text(block.text)
     environment = {**os.environ, "PYTHONPATH": str(HERE), "DATABASE_URL": "port=no"}
@@ -6620,11 +7167,11 @@ def test_two_receivers_on_one_port_share_the_database(database: Cluster, tmp_pat
         port = urlsplit(one.url).port or 0
         with postgres_process(tmp_path / "two", port) as two:
 
-            def send_twice(number: int) -> int:
+            def send(number: int) -> int:  # two numbers share each message_id
                 return post_to(one.url, message_id=f"m{number // 2}")
 
             with ThreadPoolExecutor(8) as executor:
-                assert set(executor.map(send_twice, range(200))) == {200}
+                assert set(executor.map(send, range(200))) == {200}
             assert (one.stop(), two.stop()) == (0, 0)
             assert " 200 " in one.log
             assert " 200 " in two.log
