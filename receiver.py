@@ -160,10 +160,15 @@ class Refusal(Exception):  # noqa: N818 - a normal answer, not an error in the p
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         """Set the status code, the message, and any headers of the reply.
 
-        Raises ValueError if the status code is not from 400 to 599.
+        Raises ValueError if the status code is not from 400 to 599, or if a header contains
+        anything but printable ASCII, which would be an opportunity to forge headers.
         """
         if not 400 <= status <= 599:
             raise ValueError(f"status must be from 400 to 599, not {status}")
+        for header in (headers or {}).items():
+            text = ": ".join(header)
+            if not (text.isascii() and text.isprintable()):
+                raise ValueError(f"headers must be printable ASCII, not {short_repr(text)}")
         super().__init__(status, message)
         self.status = status
         self.message = message
@@ -245,13 +250,21 @@ def answer(request: Request, endpoint: Endpoint, now: Clock) -> Reply:
 def error_reply(error: Exception) -> Reply:
     """Return the reply that a Refusal asks for.
 
-    Any other exception, or a Refusal whose status is invalid, becomes a 500 without details.
+    Any other exception, or a Refusal with invalid attributes, becomes a 500 without details.
     """
-    # A subclass may have an invalid status, a message that is not a string, or no headers.
-    if isinstance(error, Refusal) and error.status in range(400, 600):
-        headers = {**STATUS_HEADERS.get(error.status, {}), **(error.headers or {})}
-        return Reply(int(error.status), {"message": str(error.message)}, headers)
-    return Reply(500, {"message": "Internal error"}, error=error)
+    internal_error = Reply(500, {"message": "Internal error"}, error=error)
+    if not isinstance(error, Refusal):
+        return internal_error
+    try:
+        # A subclass may have set its attributes to anything. The constructor checks them.
+        refusal = Refusal(error.status, str(error.message), error.headers)
+    except Exception:
+        return internal_error
+    # If a handler raises the same Refusal again and again, its traceback would grow, and keep the
+    # body of each call in memory.
+    error.__traceback__ = None
+    headers = {**STATUS_HEADERS.get(refusal.status, {}), **refusal.headers}
+    return Reply(int(refusal.status), {"message": refusal.message}, headers)
 
 
 # ---- Rungs 2 to 4: the path, the method, maintenance ---------------------------------------------
@@ -1089,7 +1102,7 @@ class GroupCommit(Destination):
             raise Refusal(result.status, result.message, result.headers)
         if isinstance(result, Exception):  # belongs to this call alone
             raise result
-        call.outcome = result
+        call.outcome = Outcome(result)  # raises ValueError if `write` has returned anything else
 
     def _enqueue(self, queued: QueuedCall) -> None:
         """Add a call to the queue. The first one starts the writer.
@@ -1109,7 +1122,10 @@ class GroupCommit(Destination):
                 raise Refusal(503, "Too many calls are waiting to be stored")
             has_been_started = self._writer.ident is not None
             if not has_been_started:
-                self._writer.start()
+                try:
+                    self._writer.start()
+                except RuntimeError:  # no more threads can be started
+                    raise Refusal(503, "The call cannot be stored at the moment") from None
             self._queue.append(queued)
             self._queued_bytes = total_bytes
             self._changed.notify()
@@ -1168,7 +1184,7 @@ class GroupCommit(Destination):
         try:
             outcomes = list(self.write([queued.call for queued in batch]))
         except Refusal as error:
-            return [error] * len(batch)
+            return [error.with_traceback(None)] * len(batch)
         except Exception as error:
             return [error] if len(batch) == 1 else self._write_one_by_one(batch)
         if len(outcomes) != len(batch):
@@ -2083,6 +2099,10 @@ DEMO_KEYS = ["segment", "segment-expired", "segment-identify-only"]
 DEMO_DIGESTS = {hashlib.sha256(api_key.encode()).hexdigest() for api_key in DEMO_KEYS}
 
 
+# The errno when this process or the system has run out of resources, which is often temporary.
+OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
 class Keyring:
     """The rights of the API keys in a keys file. `refresh` reads the file again if it changed."""
 
@@ -2101,7 +2121,8 @@ class Keyring:
     def refresh(self, force: bool = False) -> None:
         """Read the file again if it has changed, or if `force` is true.
 
-        If it cannot be used, log the reason, and keep the current keys.
+        If it cannot be used, log the reason, and keep the current keys. It is then not read again
+        until it changes, unless the reason is that this process has run out of resources.
         """
         stamp = file_stamp(self.path)
         if stamp == self._stamp and not force:
@@ -2111,6 +2132,8 @@ class Keyring:
             self.keys = self._read()
         except ConfigurationError as error:
             log.error("Keeping the previous keys: %s", error)
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in OUT_OF_RESOURCES:
+                self._stamp = ()
         else:
             log.warning("Reloaded %d keys from %s", len(self.keys), self.path)
 
@@ -2145,7 +2168,7 @@ def read_keys_file(path: str) -> tuple[list[Any], dict[str, Key]]:
     except ConfigurationError:  # it is a ValueError, too, but already names the file
         raise
     except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}") from None
+        raise ConfigurationError(f"{path}: {error.strerror}") from error
     except ValueError as error:
         raise ConfigurationError(f"{path}: {error}") from None
 
@@ -2417,9 +2440,6 @@ def json_or_repr(value: object) -> str:
 NEWCOMER_AGE = 1.0  # seconds; a younger connection that has not sent a head is not evicted
 SHUTDOWN_GRACE = 2.0  # seconds for requests in flight
 REPLY_GRACE = 0.5  # seconds for the last replies after that
-
-# The errno of accept() when this process or the system has run out of resources.
-OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class Server(ThreadingTCPServer):
@@ -3041,7 +3061,8 @@ def run(destination: Destination | None, options: argparse.Namespace) -> int:
         # Leaving this block stops the server. The timer limits the time that this may take.
         forced_exit = threading.Timer(FORCED_EXIT_AFTER, force_exit, [server, status])
         forced_exit.daemon = True
-        forced_exit.start()
+        with contextlib.suppress(RuntimeError):  # no more threads can be started
+            forced_exit.start()
     forced_exit.cancel()
     log.removeHandler(server.log_buffer)
     return status
@@ -3143,7 +3164,11 @@ def add_key(options: argparse.Namespace) -> None:
         append_entry(path, entry)
     except OSError as error:
         raise ConfigurationError(f"{path}: {error.strerror}") from None
-    print(api_key)
+    try:
+        print(api_key, flush=True)
+    except OSError as error:
+        message = f"the key was added to {path}, but cannot be printed: {error.strerror}"
+        raise ConfigurationError(message) from None
     note = f"Added a key for {options.add_key} to {path}. The key will not be shown again."
     print(note, file=sys.stderr)
 
