@@ -753,13 +753,15 @@ class Call:
 def parse_call(
     raw: dict[str, Any], customer: str, settings: dict[str, Any], size: int, now: Clock
 ) -> Call:
-    """Check the fields of `raw`, which has a supported type, and return them as a Call.
+    """Check the fields of `raw`, and return them as a Call.
 
-    The size is the length of the body in bytes. A missing timestamp is replaced by the
-    original_timestamp, the sent_at or the current time, and a missing message_id by a random one.
+    The caller has checked that `raw["type"]` is supported. `settings` are those of the customer,
+    and `size` is the length of the body in bytes. A missing timestamp is replaced by the
+    original_timestamp, or else the sent_at, or else the current time; a missing message_id is
+    replaced by a random one.
 
-    Raises Refusal 400, with the name of the field at fault: the first one in the order of `raw`
-    that is invalid and not in IGNORED_IF_INVALID, or else a required field that is missing.
+    An invalid field that is in IGNORED_IF_INVALID is left out. Raises Refusal 400, with the name of
+    the field, for the first other invalid field in `raw`, or else for a missing required field.
     """
     call = Call(raw["type"], raw, customer, settings, size)
     checks = CHECKS_BY_TYPE[call.type]
@@ -771,8 +773,8 @@ def parse_call(
         except ValueError as error:
             if name in IGNORED_IF_INVALID:
                 continue
-            raise Refusal(400, f"{name} {error}") from None
-        if checked_value is not None:  # it is None for an empty id or time
+            raise Refusal(400, f"{name} {error}") from None  # such as "user_id must be …"
+        if checked_value is not None:  # an empty id or time counts as missing
             setattr(call, name, checked_value)
 
     check_required(call)
@@ -1000,8 +1002,9 @@ DECODER = make_decoder(snake_keys)
 # ==================================================================================================
 # Part 2. Storing calls
 #
-# A reply of 200 is a promise that the call is on disk. `GroupCommit` makes this promise affordable
-# with any database. `Store` is the default destination, with all calls in one SQLite table.
+# A reply of 200 is a promise that the call will not be lost. `GroupCommit` makes this promise
+# affordable with any database. `Store` is the default destination, with all calls in one SQLite
+# table.
 # ==================================================================================================
 
 log = logging.getLogger("receiver")
@@ -1012,7 +1015,7 @@ MAX_WAITING_BYTES = 16_000_000
 
 
 class ConfigurationError(ValueError):
-    """A setting, or a file that a setting names, cannot be used. The message is one line."""
+    """An option, a file that it names, or SQLite cannot be used. The message is one line."""
 
     def __init__(self, message: str) -> None:
         """Set the message, with anything that is not printable replaced by spaces."""
@@ -1020,30 +1023,31 @@ class ConfigurationError(ValueError):
 
 
 class Outcome(StrEnum):
-    """What a GroupCommit did with a call, which is acknowledged with 200 in any case."""
+    """What a GroupCommit did with a call. In every case, the call is acknowledged with 200."""
 
     stored = "stored"
     duplicate = "duplicate"  # the customer sent a call with the same message_id before
-    forgotten = "forgotten"  # the user asked to be forgotten at or after the time of the call
+    forgotten = "forgotten"  # its user was deleted at or after the time of the call
 
 
 class QueuedCall(NamedTuple):
-    """A call that waits for the writer, and the queue of one element for its result."""
+    """A call that waits for the writer, and the queue through which its result is returned."""
 
     call: Call
     deadline: float  # monotonic time after which nobody waits for the result
-    result: queue.SimpleQueue[Outcome | Exception]
+    result_queue: queue.SimpleQueue[Outcome | Exception]
 
 
 class GroupCommit(Destination):
-    """A destination that stores all calls that are waiting at the same moment in one transaction.
+    """A destination that stores all waiting calls together, as one batch in one transaction.
 
     Syncing to a disk or crossing a network costs about the same for one call as for fifty. So the
-    connection threads only queue their calls, and a single thread, the writer, stores the batches.
+    connection threads only queue their calls, and a single thread, the writer, stores them in
+    batches.
 
     A subclass implements `write`, and may implement `open` and `shut`; the writer calls all three.
-    If it has a constructor, that must call `super().__init__()`, and should leave connecting to
-    `open`, so that the receiver starts even if the database is down.
+    If it has a constructor, that must call `super().__init__()`. It should connect to its database
+    in `open` and not in the constructor, so that the receiver starts even if the database is down.
 
     It supports identify, track, page, group and delete. To support another type, add its method:
 
@@ -1066,7 +1070,7 @@ class GroupCommit(Destination):
         A Refusal in place of an outcome refuses that call alone. Raising a Refusal refuses the
         whole batch: raise one with status 503 if the database cannot be reached. After any other
         exception, the calls of the batch are written again one by one, so that one bad call does
-        not fail the others; a call that fails alone is answered with 500. Roll back the transaction
+        not fail the others; a call that fails again is answered with 500. Roll back the transaction
         before any exception leaves this method.
         """
         raise NotImplementedError
@@ -1074,9 +1078,9 @@ class GroupCommit(Destination):
     def open(self) -> None:
         """Connect to the database, before the first `write`.
 
-        If it raises an exception, the batch is refused (with 503, unless the exception is another
-        Refusal), and the next batch tries again. Once it has succeeded it is not called again, so
-        `write` must reconnect if the connection is lost.
+        If it raises a Refusal, the batch is refused with that; after any other exception, it is
+        refused with 503. In both cases, the next batch tries again. Once this has succeeded it is
+        not called again, so `write` must reconnect if the connection is lost.
         """
 
     def shut(self) -> None:
@@ -1086,13 +1090,13 @@ class GroupCommit(Destination):
         """Hand a call to the writer, wait until it is stored, and set `call.outcome`.
 
         Raises Refusal 503 if the call cannot be queued, or if storing it takes longer than
-        STORE_TIMEOUT, in which case it may still be stored. Raises a Refusal if `write` has refused
-        the call; any other exception that `write` has raised for this call propagates.
+        STORE_TIMEOUT, in which case it may still be stored. Raises a Refusal if `open` or `write`
+        has refused the call; any other exception that `write` has raised for it propagates.
         """
         queued = QueuedCall(call, time.monotonic() + STORE_TIMEOUT, queue.SimpleQueue())
         self._enqueue(queued)
         try:
-            result = queued.result.get(timeout=STORE_TIMEOUT)
+            result = queued.result_queue.get(timeout=STORE_TIMEOUT)
         except queue.Empty:
             raise Refusal(503, "The call could not be stored in time") from None
 
@@ -1137,7 +1141,7 @@ class GroupCommit(Destination):
     identify = track = page = group = delete = _handle
 
     def close(self) -> None:
-        """Store the calls that are still waiting, and end the writer within STORE_TIMEOUT."""
+        """Let the writer store the calls that are still waiting. Waits at most STORE_TIMEOUT."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -1173,7 +1177,7 @@ class GroupCommit(Destination):
         batch = [queued for queued in all_queued if time.monotonic() < queued.deadline]
         if batch:
             for queued, result in zip(batch, self._write_batch(batch), strict=True):
-                queued.result.put(result)
+                queued.result_queue.put(result)
         return bool(all_queued) or not self._closing
 
     def _write_batch(self, batch: list[QueuedCall]) -> Sequence[Outcome | Exception]:
@@ -1193,7 +1197,7 @@ class GroupCommit(Destination):
         return outcomes
 
     def _write_one_by_one(self, batch: list[QueuedCall]) -> list[Outcome | Exception]:
-        """Write each call of a failed batch alone, unless its time has run out meanwhile."""
+        """Write each call of a failed batch alone, unless its time has run out."""
         results: list[Outcome | Exception] = []
         for queued in batch:
             if time.monotonic() < queued.deadline:
@@ -1256,9 +1260,9 @@ def merged_traits(condition: str) -> str:
             c.rowid as arrival
         from calls as c, json_each(c.call, '$.traits') as trait
         where {condition}
-            and trait.key is not null -- if `traits` itself is null, it is one row without a key
-            -- In fullkey, NUL is \\u0000, and a backslash is doubled. Doubled backslashes are
-            -- removed first, so that a backslash before u0000 is not mistaken for NUL.
+            and trait.key is not null -- for traits that are null, json_each gives one row
+            -- In fullkey, NUL is written as \\u0000, and each backslash is doubled. Doubled ones
+            -- are removed first, so that such a pair before u0000 is not mistaken for NUL.
             and instr(replace(trait.fullkey, '\\\\', ''), '\\u0000') = 0
     )
     select json_group_object(name, json(value)) from (
@@ -1332,7 +1336,7 @@ create view accounts as
     from groups as owner
     group by group_id, customer;
 
--- Segment lists a destination publicly after 10 customers or more than 20 million calls.
+-- Segment lists a destination publicly once it has 10 customers or more than 20 million calls.
 create view private_beta as
     select count(distinct customer) as customers, count(*) as events,
         count(distinct customer) >= 10 or count(*) > 20000000 as fulfilled
@@ -1387,7 +1391,7 @@ to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def call_row(call: Call) -> dict[str, str | None]:
-    """Return the row that stores a call, as values by the names of their columns.
+    """Return the row that stores a call: a mapping from column names to values.
 
     For a `delete` call, only the type, the ids and the times are stored. If its timestamp is in the
     future, the column `timestamp` has the current time instead, because the delete would otherwise
@@ -1413,11 +1417,12 @@ def call_row(call: Call) -> dict[str, str | None]:
 
 
 class Store(GroupCommit):
-    """The default destination: every call becomes a row in an SQLite database.
+    """The default destination: calls become rows in an SQLite database.
 
     A row is synced to disk before its call is acknowledged. A duplicate is acknowledged, but not
-    stored. A delete removes the user's calls up to its own timestamp. If a call from before that
-    time arrives after the delete, it is acknowledged, but not stored.
+    stored. A delete removes the user's calls up to its own timestamp, or up to the current time if
+    that is earlier. If a call from before that time arrives after the delete, it is acknowledged,
+    but not stored.
     """
 
     def __init__(self, path: str | os.PathLike[str] = "calls.db") -> None:
@@ -1441,8 +1446,8 @@ class Store(GroupCommit):
     def write(self, calls: Sequence[Call]) -> Sequence[Outcome | Refusal]:
         """Store these calls in one transaction, and return their outcomes.
 
-        Raises Refusal 503 if the database is locked, full or read-only, or if the file was deleted
-        or replaced. Other errors of SQLite propagate.
+        Raises Refusal 503 after an OperationalError, for example if the database is locked, full or
+        read-only, and if its file was deleted or replaced. Other errors of SQLite propagate.
         """
         try:
             with self._db:  # commits at the end, or rolls back after an exception
@@ -1490,8 +1495,8 @@ class Store(GroupCommit):
 def open_database(path: str) -> sqlite3.Connection:
     """Return a connection to the database, which is created if it does not exist.
 
-    Raises ConfigurationError if SQLite is too old, or if `check_database_file` does. Raises OSError
-    or sqlite3.Error if the file cannot be opened.
+    Raises ConfigurationError as `check_database_file` does, and if SQLite is too old. Raises
+    OSError or sqlite3.Error if the file cannot be opened.
     """
     if sqlite3.sqlite_version_info < (3, 38):
         raise ConfigurationError(f"SQLite must be 3.38 or newer, not {sqlite3.sqlite_version}")
@@ -1517,7 +1522,9 @@ def open_database(path: str) -> sqlite3.Connection:
         db.execute("pragma journal_mode = wal")
         db.execute("pragma synchronous = full")  # a commit returns once it is on disk
         db.execute("pragma fullfsync = on")  # on macOS, nothing less reaches the disk
-        db.execute("pragma secure_delete = on")  # overwrite deleted rows, also in free pages
+        db.execute(
+            "pragma secure_delete = on"
+        )  # overwrite deleted rows, including those in free pages
         db.execute(f"pragma wal_autocheckpoint = {WAL_PAGES}")
         db.execute(f"pragma journal_size_limit = {WAL_BYTES}")
     except sqlite3.Error:
@@ -1529,31 +1536,42 @@ def open_database(path: str) -> sqlite3.Connection:
 def check_database_file(path: str) -> None:
     """Raise ConfigurationError unless the path can be used for a database of calls.
 
-    It must name such a database, with the current schema, or else a missing or empty file without a
-    WAL beside it. This reads the header directly, because merely opening a file with SQLite can
-    change it. Raises OSError if the file cannot be read.
+    Two kinds of path can be used: that of a database of calls with the current schema, and that of
+    a missing or empty file, if no WAL lies beside it. This reads the header of the file directly,
+    because merely opening a file with SQLite can change it. Raises OSError if the file cannot be
+    read.
     """
     if not path:
         raise ConfigurationError("the name of the database must not be empty")
-    header = b""
-    if os.path.exists(path):
-        check_regular_file(path)
-        with open(path, "rb") as file:
-            header = file.read(100)
-    if not header:
-        wal = f"{os.path.realpath(path)}-wal"  # SQLite resolves symbolic links, too
-        if os.path.exists(wal):  # SQLite would delete it, and with it stored calls
-            message = f"{wal} exists, but {path} is missing or empty"
-            raise ConfigurationError(f"{message}; restore {path}, or move the -wal file away")
+    if not os.path.exists(path):
+        check_no_wal(path)
         return
+    check_regular_file(path)
+    with open(path, "rb") as file:
+        header = file.read(100)
+    if not header:
+        check_no_wal(path)
+        return
+
     # For these offsets, see https://sqlite.org/fileformat2.html#the_database_header.
-    application_id = int.from_bytes(header[68:72])
-    schema_version = int.from_bytes(header[60:64])
-    if header[:16] != b"SQLite format 3\0" or application_id != APPLICATION_ID:
+    application_id = int.from_bytes(header[68:72], "big")
+    user_version = int.from_bytes(header[60:64], "big")
+    if not header.startswith(b"SQLite format 3\0") or application_id != APPLICATION_ID:
         raise ConfigurationError(f"{path}: not a database of calls")
-    if schema_version != SCHEMA_VERSION:
-        message = f"its schema is version {schema_version}, but must be {SCHEMA_VERSION}"
+    if user_version != SCHEMA_VERSION:
+        message = f"its schema is version {user_version}, but must be {SCHEMA_VERSION}"
         raise ConfigurationError(f"{path}: {message}")
+
+
+def check_no_wal(path: str) -> None:
+    """Raise ConfigurationError if a missing or empty database has a WAL.
+
+    SQLite would delete the WAL, and the calls in it would be lost.
+    """
+    wal = f"{os.path.realpath(path)}-wal"  # SQLite resolves symbolic links, too
+    if os.path.exists(wal):
+        message = f"{wal} exists, but {path} is missing or empty"
+        raise ConfigurationError(f"{message}; restore {path}, or move the -wal file away")
 
 
 # ---- Files and time ------------------------------------------------------------------------------
@@ -1634,8 +1652,8 @@ ABSOLUTE_FORM = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]+")  # RFC 9112 §3
 HEADER_LINE = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)")  # RFC 9112 §5, without folding
 BARE_LF = re.compile(rb"(?<!\r)\n")  # RFC 9112 §2.2
 
-# Headers that must not be repeated, because two programs could pick different values. Only a
-# Content-Type may be, if its value is identical.
+# Headers that must not be repeated, because two programs could pick different values. A repeated
+# Content-Type is accepted if the values are identical.
 SINGLETON_HEADERS = {"host", "content-length", "content-type", "authorization"}
 
 
@@ -1651,7 +1669,7 @@ class Head(NamedTuple):
 
 
 def parse_head(head: str, /) -> Head:
-    """Parse the head of a request, as text in Latin-1 without the empty line that ends it.
+    """Parse the head of a request, decoded as Latin-1, without the empty line that ends it.
 
     Raises Refusal 400 if it is malformed, 414 if the target is too long, 431 if there are too many
     headers, and 505 if the version of HTTP is not supported.
@@ -1663,7 +1681,7 @@ def parse_head(head: str, /) -> Head:
     method, target, major, minor = parts.groups()
     if len(target) > MAX_TARGET:
         raise Refusal(414, f"Request target must be at most {MAX_TARGET} bytes long")
-    if major != "1":  # versions after 1.1 must be compatible with it (RFC 9110 §2.5)
+    if major != "1":  # every version 1.x is compatible with 1.1 (RFC 9110 §2.5)
         raise Refusal(505, "HTTP version must be 1.1 or 1.0")
 
     headers = parse_headers(header_lines)
@@ -1691,10 +1709,11 @@ def parse_head(head: str, /) -> Head:
 
 
 def parse_headers(lines: list[str]) -> dict[str, str]:
-    """Return the headers by their names in lower case. Repeated headers are joined (RFC 9110 §5.3).
+    """Return a mapping from lower-case names to values.
 
-    Raises Refusal 400 if a line is malformed, or if a header is repeated that must not be, and
-    Refusal 431 if there are too many lines.
+    Repeated headers are joined (RFC 9110 §5.3), unless they are SINGLETON_HEADERS. Raises Refusal
+    400 if a line is malformed or one of those is repeated, and Refusal 431 if there are too many
+    lines.
     """
     if len(lines) > MAX_HEADERS:
         raise Refusal(431, f"Request must have at most {MAX_HEADERS} header lines")
@@ -1756,8 +1775,8 @@ def with_head_cache(parse: Callable[[str], Head]) -> Callable[[str], Head]:
     def parse_cached(head: str, /) -> Head:
         before, name, after = head.partition("\r\nContent-Length: ")
         digits, line_end, rest = after.partition("\r\n")
-        # A long head would take too much memory. Without a plain number in this spelling of the
-        # header, the result depends on more than the rest of the head.
+        # A long head would take too much memory. And without a short, plain number after this
+        # spelling of the header's name, there is nothing that could be replaced by 0.
         if len(head) > 2000 or len(digits) > 9 or not (digits.isascii() and digits.isdigit()):
             return parse(head)
         cached = cached_parse(f"{before}{name}0{line_end}{rest}")
@@ -1772,7 +1791,7 @@ parse_head = with_head_cache(parse_head)
 # ---- One connection ------------------------------------------------------------------------------
 
 RECEIVE_SIZE = 16_384  # bytes; a TLS record holds at most this many
-LINGER = 2.0  # seconds to send a last reply after hanging up, and for the client to read it
+LINGER = 2.0  # seconds, after hanging up, for sending the last reply, and for reading it
 PLAIN_HTTP = re.compile(rb"[A-Z]+ ")  # a TLS connection never begins like this
 REASON_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
@@ -1787,11 +1806,12 @@ class Connection(BaseRequestHandler):
     """One connection, from the TLS handshake to the last reply, handled in a separate thread.
 
     Other threads use the attributes that are marked as shared; see the table in the section "All
-    connections". After its deadline, the accept thread hangs up. The deadline depends on what the
+    connections". Once the deadline of a connection has passed, the accept thread hangs up on it:
+    then nothing more is read, and a last reply may be sent. The deadline depends on what the
     connection is doing (`timeout` and `keep_alive` are options of the server):
 
         handshake and first request             `timeout` after the connection was accepted
-        waiting for another request             `keep_alive` after the last reply
+        waiting for another request             `keep_alive` after the previous request
         receiving a later request               `timeout` after its first byte
         running the handler                     none; the request is complete
         sending the reply, discarding a body    `timeout` after the reply was made
@@ -1804,12 +1824,12 @@ class Connection(BaseRequestHandler):
     def setup(self) -> None:
         """Prepare the connection, and make it known to the server.
 
-        Raises OSError if the client has already disconnected.
+        May raise OSError if the client has already disconnected.
         """
         self.accepted_at = time.monotonic()  # shared
         self.deadline = self.accepted_at + self.server.options.timeout  # shared
         self.idle_since: float | None = None  # shared; when it began to wait for another request
-        self.has_received_head = False  # shared; whether any request has had a complete head
+        self.has_received_head = False  # shared; whether a complete head has ever arrived
         self.has_replied = False
         self.hung_up = False  # shared; whether the server has shut down reading
         self.evicted = False  # shared; whether the server has hung up to make room
@@ -1836,13 +1856,13 @@ class Connection(BaseRequestHandler):
         A client that speaks plain HTTP is refused. Raises OSError if the handshake fails.
         """
         try:
-            # Methods that are called like this, as `socket.socket.recv`, bypass TLS.
+            # Calling a method of the plain class, such as `socket.socket.recv`, bypasses TLS.
             first_bytes = socket.socket.recv(self.tls, 8, socket.MSG_PEEK)
             if PLAIN_HTTP.match(first_bytes):
                 self.refuse_plain_http(first_bytes)
                 return
             if not first_bytes:
-                return  # the client has only probed the port
+                return  # the client has only probed the port, or was too slow
             self.tls.do_handshake()
         except OSError:
             if self.hung_up:
@@ -1864,7 +1884,7 @@ class Connection(BaseRequestHandler):
 
     def handle_request(self) -> None:
         """Handle one request. Raises OSError if the connection breaks."""
-        self.close_connection = True  # unless the request turns out to be well-formed
+        self.close_connection = True  # until a head says otherwise
         if not self.wait_for_request():
             return
         started = time.monotonic()
@@ -1908,9 +1928,9 @@ class Connection(BaseRequestHandler):
         """Return whether the connection must close after this reply, whatever the head has said."""
         end_is_unknown = reply.status == 411  # nothing tells where the body ends
         # A client that waits for "100 Continue" may send the body after all, or the next request.
-        continuation_is_unknown = self.expects_continue and self.body_left > 0
+        next_bytes_are_unknown = self.expects_continue and self.body_left > 0
         too_long_to_discard = self.body_left > self.server.options.max_body
-        if end_is_unknown or continuation_is_unknown or too_long_to_discard:
+        if end_is_unknown or next_bytes_are_unknown or too_long_to_discard:
             return True
         return self.hung_up or self.server.stopping
 
@@ -1932,7 +1952,8 @@ class Connection(BaseRequestHandler):
         """Return the head of a request.
 
         While it is incomplete, it is checked by `check_partial_head`; once it is complete,
-        `parse_head` will check it. Raises Refusal if it is refused, or does not arrive.
+        `parse_head` will check it. Raises Refusal if that first check fails, if the head is too
+        long, or if it does not arrive.
         """
         resume_at = 0  # where the search for the end of the head resumes
         while (end := self.buffer.find(b"\r\n\r\n", resume_at)) < 0:
@@ -1977,13 +1998,13 @@ class Connection(BaseRequestHandler):
         """Add received bytes to the buffer.
 
         If the connection ends instead, raises Refusal 408 (the deadline has passed), 503 (the
-        server stops, or needs the connection slot) or 400 (the client has disconnected). The label
-        says what is missing then.
+        server is stopping, or needs the connection slot) or 400 (the client has disconnected). For
+        408 and 400, the message begins with the label.
         """
         received = b""
         with contextlib.suppress(OSError):
             received = self.tls.recv(RECEIVE_SIZE)
-        if received and not self.hung_up:  # after that, the bytes are too late
+        if received and not self.hung_up:  # bytes that arrive after hanging up are too late
             self.buffer += received
             return
         self.close_connection = True
@@ -2015,13 +2036,13 @@ class Connection(BaseRequestHandler):
         """Let the client read the last reply before the connection closes.
 
         Closing with unread input sends a reset, which could destroy the reply before the client has
-        read it. So shut down the sending side, and read until the client closes, too, but not for
-        longer than LINGER.
+        read it. So shut down the sending side, and read until the client closes, too. This takes at
+        most twice as long as LINGER.
         """
         end = time.monotonic() + LINGER
         self.deadline = math.inf  # this method ends by itself
         self.tls.settimeout(LINGER)
-        # ValueError means that the client closed the connection before TLS was set up.
+        # ValueError means that the socket was already disconnected when TLS was set up.
         with contextlib.suppress(OSError, ValueError):
             self.tls.unwrap()  # sends close_notify, and waits for that of the client
         with contextlib.suppress(OSError):
@@ -2034,7 +2055,8 @@ class Connection(BaseRequestHandler):
     def is_interruptible(self) -> bool:
         """Return whether the server may hang up at once. Called by other threads.
 
-        It may if no request has begun. A client whose first head is incomplete can connect again.
+        It may while the connection waits for another request. It may also do so until the first
+        head is complete, because that client can simply connect again.
         """
         return self.idle_since is not None or not self.has_received_head
 
@@ -2047,7 +2069,7 @@ class Connection(BaseRequestHandler):
     def hang_up(self) -> None:
         """Make the thread of this connection end. Called by other threads.
 
-        Shutting down reading wakes that thread up, which has LINGER seconds to send a last reply.
+        Shutting down reading wakes up that thread, which then has LINGER seconds for a last reply.
         If it takes longer, the accept thread calls this again, which shuts down writing, too. This
         uses the plain socket, because two threads must not use the TLS object at the same time.
         """
@@ -2067,8 +2089,8 @@ def check_partial_head(buffer: bytearray, resume_at: int) -> None:
         raise Refusal(400, "Malformed line; every line must end in CR LF")
     if len(buffer) > MAX_HEAD:
         raise Refusal(431, f"Request head must be at most {MAX_HEAD} bytes long")
-    longest_line = MAX_TARGET + 99  # leaves room for the method and the version
-    if len(buffer) > longest_line and b"\r\n" not in buffer:
+    longest_request_line = MAX_TARGET + 99  # leaves room for the method and the version
+    if len(buffer) > longest_request_line and b"\r\n" not in buffer:
         raise Refusal(414, f"Request target must be at most {MAX_TARGET} bytes long")
 
 
@@ -2099,7 +2121,8 @@ DEMO_KEYS = ["segment", "segment-expired", "segment-identify-only"]
 DEMO_DIGESTS = {hashlib.sha256(api_key.encode()).hexdigest() for api_key in DEMO_KEYS}
 
 
-# The errno when this process or the system has run out of resources, which is often temporary.
+# The errno values for running out of resources, in this process or in the system. Such a shortage
+# is often temporary.
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -2133,7 +2156,7 @@ class Keyring:
         except ConfigurationError as error:
             log.error("Keeping the previous keys: %s", error)
             if isinstance(error.__cause__, OSError) and error.__cause__.errno in OUT_OF_RESOURCES:
-                self._stamp = ()
+                self._stamp = ()  # unlike that of any file, so that the next call tries again
         else:
             log.warning("Reloaded %d keys from %s", len(self.keys), self.path)
 
@@ -2168,15 +2191,15 @@ def read_keys_file(path: str) -> tuple[list[Any], dict[str, Key]]:
     except ConfigurationError:  # it is a ValueError, too, but already names the file
         raise
     except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}") from error
+        raise ConfigurationError(f"{path}: {error.strerror}") from error  # for Keyring.refresh
     except ValueError as error:
         raise ConfigurationError(f"{path}: {error}") from None
 
 
 def parse_keys(entries: list[Any]) -> dict[str, Key]:
-    """Return keys by digest.
+    """Return the keys that these entries describe, indexed by digest.
 
-    Raises ValueError, with the number of the entry, if one is invalid or repeats a digest.
+    Raises ValueError, naming the entry by its number, if an entry is invalid or repeats a digest.
     """
     keys: dict[str, Key] = {}
     for number, entry in enumerate(entries, 1):
@@ -2236,14 +2259,15 @@ def optional_member(entry: Mapping[str, Any], name: str, parse: Callable[[Any], 
 def parse_call_types(names: Any) -> frozenset[str]:
     """Return a set of types of call.
 
-    Raises ValueError, whose message follows the name of the member, as in "calls must be …".
+    Raises ValueError. Its message lacks a subject; the caller puts the name of the member first, as
+    in "calls must be an array".
     """
     if not isinstance(names, list):
         raise ValueError("must be an array")
     for name in names:
         if not isinstance(name, str) or name not in CALL_TYPES:
             known = ", ".join(CALL_TYPES)
-            raise ValueError(f"must contain only {known}, not {short_repr(name)}")
+            raise ValueError(f"must contain only types of call ({known}), not {short_repr(name)}")
     return frozenset(names)
 
 
@@ -2254,17 +2278,19 @@ MAX_LOG_BUFFER = 4_000_000  # characters
 
 
 class LogBuffer(logging.Handler):
-    """A buffer for the log, which a separate thread writes to standard error.
+    """Buffers the log; a separate thread writes it to standard error.
 
-    So a full disk or a stalled reader never delays a request. It delays the log, and once
-    MAX_LOG_BUFFER is reached, lines are dropped. The server writes its lines about requests with
-    `write`, because a logging record for each request would halve the number of calls per second.
-    Other messages go to the logger `receiver`. `run` makes this a handler of that logger; under
-    `serve`, the program decides.
+    So standard error never delays a request. If its reader stalls, the log is delayed, and lines
+    beyond MAX_LOG_BUFFER are dropped. If writing fails, for example because the disk is full, the
+    lines are dropped at once.
+
+    The server logs requests with `write`, because a logging record for each request would halve the
+    number of calls per second. Other messages go to the logger `receiver`. `run` makes this a
+    handler of that logger; a program that calls `serve` chooses the logger's handlers itself.
     """
 
     def __init__(self) -> None:
-        """Duplicate standard error, and start the thread. Without it, the log is discarded."""
+        """Start the thread. If there is no standard error, the log is discarded."""
         super().__init__()
         self._guard = threading.Lock()  # guards _texts, _length and _dropped
         self._texts: list[str] = []
@@ -2274,7 +2300,8 @@ class LogBuffer(logging.Handler):
         self._stream: BinaryIO | None = None
         # Standard error may be closed, or may have been replaced by something that is not a file.
         with contextlib.suppress(AttributeError, OSError, ValueError):
-            # Unbuffered, because sys.stderr would keep text that it failed to write, and repeat it.
+            # Unbuffered, because a buffered stream, such as sys.stderr, keeps text that it failed
+            # to write, and writes it again later.
             self._stream = open(os.dup(sys.stderr.fileno()), "wb", buffering=0)  # noqa: SIM115
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
@@ -2289,7 +2316,7 @@ class LogBuffer(logging.Handler):
             self._length += len(text)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Add a logging record to the log, with its lines after the first one indented."""
+        """Add a logging record to the log. All its lines but the first are indented."""
         lines = self.format(record).splitlines()
         self.write(f"{utc_now()} " + "\n    ".join(map(printable, lines)) + "\n")
 
@@ -2321,36 +2348,42 @@ class LogBuffer(logging.Handler):
 
         unwritten = self._send(lines)
         dropped += unwritten.count(b"\n")
-        if dropped and not unwritten:
+        if not dropped:
+            return
+        if not unwritten:
             notice = f"{utc_now()} {dropped} log lines were dropped\n"
             if not self._send(notice):
                 return
         with self._guard:
-            self._dropped += dropped
+            self._dropped += dropped  # for a later notice
 
     def _send(self, text: str) -> bytes:
-        """Write text to standard error, and return what could not be written."""
+        """Write text to standard error, and return what could not be written.
+
+        If there is no standard error, discard the text.
+        """
         data = text.encode(errors="backslashreplace")
         while data and self._stream:
             try:
                 written = self._stream.write(data)
             except OSError:  # for example, because the disk is full
                 return data
-            data = data[written or 0 :]
-            if written is None:  # a non-blocking stream that is full at the moment
-                if self._closing.is_set():
-                    return data
+            if written is not None:
+                data = data[written:]
+            elif self._closing.is_set():  # a non-blocking stream that is full at the moment
+                return data
+            else:
                 time.sleep(LOG_INTERVAL)
         return b""
 
 
 def log_entry(reply: Reply, seconds: float, verbose: bool) -> str:
-    """Return the entry of the log about a request, without the time.
+    """Return the log entry for a request, without the time.
 
     The first line has the status, the type, the customer, the user, the event or name, the outcome
-    (unless the call was just stored), the duration, and the message of an error. After an internal
-    error, the traceback follows, and with `verbose` the call; both are indented. Everything from
-    outside is escaped, so that it cannot forge lines.
+    (unless it is `stored`), the duration, and the message of an error. After an internal error, the
+    traceback follows. With `verbose`, the call follows in any case. Both are indented. Everything
+    from outside is escaped, so that it cannot forge lines.
     """
     raw = reply.raw
     user = raw.get("user_id")
@@ -2380,8 +2413,8 @@ def log_entry(reply: Reply, seconds: float, verbose: bool) -> str:
 def log_word(value: object) -> str:
     """Return a value as it is shown in a log line.
 
-    None and empty text become "-". A word of up to 80 printable characters remains as it is. Of
-    anything else, the repr is shown, cut to 80 characters.
+    None and empty text become "-". Text of up to 80 printable characters, without spaces or
+    quotation marks, remains as it is. Anything else is shown as its repr, cut to 80 characters.
     """
     if value is None or value == "":
         return "-"
@@ -2417,11 +2450,12 @@ def json_or_repr(value: object) -> str:
 #   Server.tls_context           accept thread               connection threads, once each
 #   Server.reload_requested      main and accept thread      accept thread
 #   Server.stopping              stop()                      stop(), accept and connection threads
-#   Server.on_failure            main thread                 accept thread: a failure before it is
-#                                                            set is not missed, because `run` then
-#                                                            finds Server.failed set
+#   Server.on_failure            main thread                 accept thread: if the server fails
+#                                                            before it is assigned, the main thread
+#                                                            still notices, because it checks
+#                                                            Server.failed afterwards
 #   Server.failed                accept thread               main thread
-#   Destination.failed           writer                      accept and connection threads
+#   Destination.failed           writer of a GroupCommit     accept and connection threads
 #   Keyring.keys                 accept thread               accept and main thread
 #   Endpoint.keys                accept thread               connection threads
 #   Endpoint.maintenance         main thread                 connection threads
@@ -2445,8 +2479,8 @@ REPLY_GRACE = 0.5  # seconds for the last replies after that
 class Server(ThreadingTCPServer):
     """A running receiver.
 
-    `url` is its address. `tls_cert` is the path of its certificate; if that is self-signed, clients
-    need the file to verify it. `failed` says whether it has stopped serving because of an error. A
+    `url` is its address. `tls_cert` is the path of its certificate, which clients need in order to
+    verify a self-signed one. `failed` says whether it has stopped serving because of an error. A
     Server is a context manager: leaving the `with` block calls `stop`.
     """
 
@@ -2495,18 +2529,19 @@ class Server(ThreadingTCPServer):
         self.allow_reuse_port = self.options.reuse_port
         self.address_family = socket.AF_INET6 if bind.version == 6 else socket.AF_INET
         try:
-            super().__init__((str(bind), port), Connection)
+            super().__init__((str(bind), port), Connection)  # creates the socket, and listens
         except OSError as error:
             message = f"cannot listen on {bind} port {port}: {error.strerror}"
             raise ConfigurationError(message) from None
-        # Otherwise, accept() would block if a client disconnects before it is called.
+        # Non-blocking, because a client may disconnect after the socket has become readable;
+        # accept() would then wait for the next client.
         self.socket.setblocking(False)
         self.url = f"https://{url_host(bind)}:{self.server_address[1]}{self.options.path}"
 
     def _accept(self) -> None:
-        """Accept connections until `stop` is called. This is the accept thread.
+        """Accept connections until `stop` is called. Runs in the accept thread.
 
-        If it ends earlier, it sets `failed`, stops listening, and calls `on_failure`.
+        If an exception ends it earlier, it sets `failed`, stops listening, and calls `on_failure`.
         """
         try:
             self.serve_forever(poll_interval=0.1)
@@ -2537,11 +2572,15 @@ class Server(ThreadingTCPServer):
             raise BlockingIOError from None
 
     def _take_slot(self) -> bool:
-        """Take a connection slot. If all are taken, evict a connection, and wait for its slot."""
+        """Take a connection slot, and return whether that was possible.
+
+        If all slots are taken, evict a connection, and wait for a slot.
+        """
         if self.connection_slots.acquire(blocking=False):
             return True
         evicted = self.evict_connection()
-        # Its thread needs a moment to end. If none could be evicted, one may end by itself.
+        # The thread of the evicted connection needs a moment to end. If no connection could be
+        # evicted, perhaps one ends by itself.
         return self.connection_slots.acquire(timeout=1.0 if evicted else 0.1)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -2577,7 +2616,7 @@ class Server(ThreadingTCPServer):
     def make_room(self, error: BaseException) -> None:
         """Evict a connection and pause, because threads, memory or descriptors have run out.
 
-        Logs the error, but only once until another connection is served.
+        Logs the error, and then no further one until a connection is served again.
         """
         if not self.out_of_resources:
             log.error("Cannot accept more connections: %s", str(error) or "out of memory")
@@ -2649,29 +2688,28 @@ class Server(ThreadingTCPServer):
     def stop(self) -> None:
         """Stop accepting connections, finish the requests in flight, and close the destination.
 
-        Connections without a request end at once. After SHUTDOWN_GRACE, a request that has not
-        arrived completely is answered with 503. After a further REPLY_GRACE, the destination is
-        closed even if handlers are still running. Further calls of this method do nothing.
+        Idle connections, and those whose first head is incomplete, end at once. After
+        SHUTDOWN_GRACE, any other request that has not arrived completely is answered with 503.
+        After a further REPLY_GRACE, the destination is closed even if handlers are still running.
+        Further calls of this method do nothing.
         """
         if self.stopping:
             return
         self.stopping = True
         self.shutdown()  # waits until the accept thread has left its loop
         self.server_close()
-        self._wait_for_connections(SHUTDOWN_GRACE, Connection.is_interruptible)
-        self._wait_for_connections(REPLY_GRACE, lambda connection: True)
+        self._end_connections(SHUTDOWN_GRACE, Connection.is_interruptible)
+        self._end_connections(REPLY_GRACE, lambda connection: True)
         try:
             self.endpoint.destination.close()
         except Exception:
             log.exception("The destination could not be closed")
         self.log_buffer.close()
 
-    def _wait_for_connections(
-        self, seconds: float, may_hang_up: Callable[[Connection], bool]
-    ) -> None:
-        """Wait until no connection is left, but at most this long.
+    def _end_connections(self, seconds: float, may_hang_up: Callable[[Connection], bool]) -> None:
+        """Wait up to `seconds` until no connection is left.
 
-        Meanwhile, hang up on each connection for which the condition is true, or becomes true.
+        Meanwhile, hang up on each connection as soon as `may_hang_up` is true for it.
         """
         end = time.monotonic() + seconds
         while self.connections and time.monotonic() < end:
@@ -2713,7 +2751,7 @@ def url_host(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
 
 
 def make_tls_context(options: argparse.Namespace) -> ssl.SSLContext:
-    """Return a context for TLS 1.2 and 1.3 that offers only ciphers with forward secrecy.
+    """Return a context for TLS 1.2 and 1.3 that accepts only ciphers with forward secrecy.
 
     Raises ConfigurationError if the certificate or its private key cannot be used.
     """
@@ -2724,10 +2762,11 @@ def make_tls_context(options: argparse.Namespace) -> ssl.SSLContext:
         check_regular_file(path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; all those of 1.3 qualify
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # for TLS 1.2; those of 1.3 all have it
     context.set_alpn_protocols(["http/1.1"])
     context.options |= ssl.OP_NO_RENEGOTIATION
-    # A client may disconnect without close_notify. Content-Length reveals a truncated body.
+    # Accept that a client disconnects without close_notify. That cannot hide a truncated body,
+    # because Content-Length reveals it.
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     try:
         context.load_cert_chain(options.tls_cert, options.tls_key, password="")  # never ask for one
@@ -2748,7 +2787,9 @@ def make_tls_context(options: argparse.Namespace) -> ssl.SSLContext:
 
 
 def serve(destination: Destination | None = None, **options: Any) -> Server:
-    """Start a receiver in background threads, and return it. Leaving a `with` block stops it.
+    """Start a receiver in background threads, and return it.
+
+    The result is a context manager: leaving its `with` block stops the receiver.
 
     The options are those of the command line, such as `max_body=1000` for `--max-body 1000`, except
     --add-key, --calls, --expires and --version. Without a destination, calls are stored in the
@@ -2801,7 +2842,10 @@ DEMO_KEYS_FILE = "fixtures/keys.json"
 
 
 def beside_this_file(name: str) -> str:
-    """Return the path of a file beside this one, shortened if it is in the current directory."""
+    """Return the path of a file in the directory of this one, or in a directory below.
+
+    The path is relative if the file is below the current directory.
+    """
     path = Path(__file__).resolve().parent / name
     with contextlib.suppress(ValueError, OSError):
         return str(path.relative_to(Path.cwd()))
@@ -2962,7 +3006,7 @@ def options_from_keywords(
 
 
 def with_default_keys(options: argparse.Namespace) -> argparse.Namespace:
-    """Set the keys file to that of the demo keys if no other was given; return the options."""
+    """Fill in the file of the demo keys if no keys file was given; return the same options."""
     if options.api_keys is None:
         options.api_keys = beside_this_file(DEMO_KEYS_FILE)
     return options
@@ -2997,7 +3041,7 @@ def number_between(
 def parse_endpoint_path(text: str) -> str:
     """Return the path of an endpoint.
 
-    Raises ArgumentTypeError if no request can have it, or if it is HEALTH_PATH.
+    Raises ArgumentTypeError if it cannot be the path of a request, or if it is HEALTH_PATH.
     """
     if not re.fullmatch(r"/[!-~]*", text) or "?" in text or "#" in text:
         rule = "must be a slash followed by visible ASCII characters other than ? and #"
@@ -3031,46 +3075,62 @@ def parse_expires_option(text: str) -> str:
 # ---- Serving until SIGTERM or SIGINT -------------------------------------------------------------
 
 FORCED_EXIT_AFTER = 9.5  # seconds; service managers kill a process after 10 seconds or more
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
 
 
 def run(destination: Destination | None, options: argparse.Namespace) -> int:
-    """Serve until SIGTERM or SIGINT, or until the receiver fails. Return the exit status, 0 or 1.
+    """Serve until SIGTERM or SIGINT. Return the exit status: 1 if the server has failed, or else 0.
 
-    SIGHUP has the keys and the certificate read again. SIGUSR1 starts or ends maintenance. Raises
+    Without a destination, calls are stored in `options.database`. On SIGHUP, the server reads the
+    keys and the certificate again; on SIGUSR1, it starts or ends maintenance. Raises
     ConfigurationError if an option, or a file that it names, cannot be used.
     """
-    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
     # Block the signals here and in all threads that start later, so that only sigwait gets them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     raise_file_limit(options.max_connections)
     avoid_preemption()
-    with Server(destination, options) as server:
-        log.addHandler(server.log_buffer)
-        log.propagate = False
-        server.on_failure = lambda: os.kill(os.getpid(), signal.SIGTERM)  # ends sigwait
+    server = Server(destination, options)
+    log.addHandler(server.log_buffer)
+    log.propagate = False
+    try:
         announce(server)
-        while not server.failed:
-            received = signal.sigwait(signals)
-            if received == signal.SIGHUP:
-                server.reload()
-            elif received == signal.SIGUSR1:
-                server.toggle_maintenance()
-            else:
-                break
+        handle_signals(server)
         status = 1 if server.failed else 0
-        # Leaving this block stops the server. The timer limits the time that this may take.
-        forced_exit = threading.Timer(FORCED_EXIT_AFTER, force_exit, [server, status])
-        forced_exit.daemon = True
-        with contextlib.suppress(RuntimeError):  # no more threads can be started
-            forced_exit.start()
-    forced_exit.cancel()
-    log.removeHandler(server.log_buffer)
+        stop_within_time_limit(server, status)
+    finally:
+        log.removeHandler(server.log_buffer)
+        log.propagate = True
     return status
+
+
+def handle_signals(server: Server) -> None:
+    """Do what the signals ask for, until SIGTERM or SIGINT, or until the server fails."""
+    server.on_failure = lambda: os.kill(os.getpid(), signal.SIGTERM)  # ends sigwait
+    while not server.failed:
+        received = signal.sigwait(SIGNALS)
+        if received == signal.SIGHUP:
+            server.reload()
+        elif received == signal.SIGUSR1:
+            server.toggle_maintenance()
+        else:
+            return
+
+
+def stop_within_time_limit(server: Server, status: int) -> None:
+    """Stop the server. If that takes too long, end the process with this status."""
+    timer = threading.Timer(FORCED_EXIT_AFTER, force_exit, [server, status])
+    timer.daemon = True
+    with contextlib.suppress(RuntimeError):  # without another thread, stop without a time limit
+        timer.start()
+    server.stop()
+    timer.cancel()
 
 
 def force_exit(server: Server, status: int) -> None:
     """End the process with this status, because stopping has taken too long."""
-    server.log_buffer.write(f"{utc_now()} Stopping takes too long; ending the process by force\n")
+    server.log_buffer.write(
+        f"{utc_now()} Stopping has taken too long; ending the process by force\n"
+    )
     time.sleep(2 * LOG_INTERVAL)  # for the log
     os._exit(status)
 
@@ -3089,10 +3149,10 @@ def raise_file_limit(max_connections: int) -> None:
 
 
 def avoid_preemption() -> None:
-    """Keep a thread that wakes up from preempting the one that holds the GIL.
+    """Keep the thread that holds the GIL from being preempted by one that has just woken up.
 
-    By default, the kernel may let it run at once, only for it to wait for the GIL. SCHED_BATCH
-    prevents this. Threads that are started later inherit it.
+    By default, the kernel may let the latter run at once, only for it to wait for the GIL.
+    SCHED_BATCH prevents this. Threads that are started later inherit it.
     """
     if hasattr(os, "SCHED_BATCH"):
         with contextlib.suppress(OSError):  # not permitted in some containers
@@ -3102,13 +3162,12 @@ def avoid_preemption() -> None:
 def announce(server: Server) -> None:
     """Print the line that says where the server listens, and log the startup hint.
 
-    The server keeps running if standard output is closed or cannot be written.
+    The server keeps running if standard output is closed or cannot be written to.
     """
     with contextlib.suppress(OSError, AttributeError, ValueError):  # sys.stdout may be None
         line = f"Listening on {server.url}"
         if server.options.bind.is_unspecified:
-            bind = server.options.bind
-            line += f" (--bind {bind}: on every IPv{bind.version} address of this machine)"
+            line += f" (--bind {server.options.bind} means every address of this machine)"
         os.write(sys.stdout.fileno(), f"{line}\n".encode())
     server.log_buffer.write(startup_hint(server))
 
@@ -3174,12 +3233,12 @@ def add_key(options: argparse.Namespace) -> None:
 
 
 def append_entry(path: str, entry: Mapping[str, Any]) -> None:
-    """Add an entry to a keys file, or create the file with mode 0600.
+    """Add an entry to a keys file, which is created with mode 0600 if it does not exist.
 
-    The file is rewritten and replaced atomically; its owner and its mode are kept. Of two programs
-    that do so at the same time, one may undo what the other has added. Raises ConfigurationError if
-    the existing file cannot be used, and OSError if the new one cannot be written; the file is then
-    unchanged.
+    The file is rewritten and replaced atomically; its owner and its mode are kept. If two programs
+    add an entry at the same time, one of the entries may be lost. Raises ConfigurationError if the
+    existing file cannot be used, and OSError if the new one cannot be written; in both cases, the
+    existing file is unchanged.
     """
     entries: list[Any] = []
     status = None
@@ -3190,7 +3249,7 @@ def append_entry(path: str, entry: Mapping[str, Any]) -> None:
     lines = ",\n  ".join([json.dumps(each, ensure_ascii=False) for each in entries])
     text = f"[\n  {lines}\n]\n"  # one entry on each line
 
-    target = os.path.realpath(path)  # a symbolic link stays one
+    target = os.path.realpath(path)  # if the path is a symbolic link, replace what it points to
     directory = os.path.dirname(target)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=directory, delete=False) as file:
         try:
