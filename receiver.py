@@ -3175,24 +3175,38 @@ def announce(server: Server) -> None:
 def startup_hint(server: Server) -> str:
     """Return a hint about what to do next, for somebody who started the server by hand."""
     options = server.options
-    digests = server.keyring.keys.keys()
-    has_demo_keys = bool(DEMO_DIGESTS & digests)
-    has_segment_key = hashlib.sha256(b"segment").hexdigest() in digests
-    login = "segment:" if has_segment_key else "YOUR_API_KEY:"
-    command = ["curl", "-i", "--cacert", options.tls_cert, "-u", login, server.url]
-    command += ["-H", "Content-Type: application/json"]
-    command += ["-d", f"@{beside_this_file('fixtures/track.json')}"]
-    lines = ["", "Send a call from another terminal:", f"    {shlex.join(command)}"]
+    lines = [""]
+    sample = sample_call(server.endpoint.destination)
+    if sample:
+        lines += ["Send a call from another terminal:", f"    {curl_command(server, sample)}"]
     if hasattr(options, "database"):  # there is no such option with a destination of your own
         query = "select received_at, type, user_id from calls order by rowid desc limit 9"
         lines.append(f"Calls are stored in {options.database}. Show the latest:")
         lines.append("    " + shlex.join(["sqlite3", options.database, query]))
     else:
         lines.append(f"Calls go to {type(server.endpoint.destination).__name__}.")
-    if has_demo_keys:
+    if DEMO_DIGESTS & server.keyring.keys.keys():
         lines.append(f"Warning: {options.api_keys} holds demo keys, which everybody knows.")
         lines.append("Make your own with --add-key CUSTOMER --api-keys FILE.")
     return "\n".join(lines) + "\n\n"
+
+
+def sample_call(destination: Destination) -> str:
+    """Return the path of a sample call that the destination supports, or "" if there is none."""
+    for call_type in ("track", "identify", "page", "group"):
+        path = beside_this_file(f"fixtures/{call_type}.json")
+        if getattr(destination, call_type, None) and os.path.exists(path):
+            return path
+    return ""
+
+
+def curl_command(server: Server, sample: str) -> str:
+    """Return a shell command that posts a sample call to this server."""
+    has_segment_key = hashlib.sha256(b"segment").hexdigest() in server.keyring.keys
+    login = "segment:" if has_segment_key else "YOUR_API_KEY:"
+    command = ["curl", "-i", "--cacert", server.options.tls_cert, "-u", login, server.url]
+    command += ["-H", "Content-Type: application/json", "-d", f"@{sample}"]
+    return shlex.join(command)
 
 
 # ---- Adding an API key ---------------------------------------------------------------------------

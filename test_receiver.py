@@ -4431,6 +4431,21 @@ def test_the_startup_hints_work_as_pasted(running: RunningReceiver) -> None:
     assert shown.stdout.split("\n")[0].endswith(f"|track|{SAMPLES['track']['user_id']}")
 
 
+def test_the_hint_sends_a_call_that_the_destination_supports(tmp_path: Path) -> None:
+    with run_program(tmp_path, CONTACTS) as process:
+        process.wait_for_log("curl .*fixtures/identify.json")
+
+
+def test_there_is_no_hint_of_a_call_if_there_is_no_sample(tmp_path: Path) -> None:
+    shutil.copy(HERE / "receiver.py", tmp_path)
+    options = ["--tls-cert", CERT, "--tls-key", CERT_KEY, "--api-keys", FIXTURES / "keys.json"]
+    program = [sys.executable, str(tmp_path / "receiver.py"), *map(str, options)]
+    program += ["--database", str(tmp_path / "calls.db")]
+    with RunningReceiver(tmp_path, program=program) as process:
+        process.wait_for_log("Calls are stored in")
+        assert "curl" not in process.log
+
+
 def test_the_hints_are_quoted_for_the_shell(tmp_path: Path) -> None:
     folder = tmp_path / "it's a folder"
     folder.mkdir()
@@ -7066,11 +7081,14 @@ def test_the_ladder_of_the_readme_says_what_is_retried() -> None:
 # ---- The solutions of the course -----------------------------------------------------------------
 
 
+SOLUTIONS = os.environ.get("SOLUTIONS", "") and os.path.abspath(os.environ["SOLUTIONS"])
+
+
 def solution(name: str) -> Any:
     """An instance of a solution: from the file that SOLUTIONS names, or from the README."""
     module = types.ModuleType("solutions")
-    if file := os.environ.get("SOLUTIONS"):
-        exec(compile(Path(file).read_text(), file, "exec"), module.__dict__)
+    if SOLUTIONS:
+        exec(compile(Path(SOLUTIONS).read_text(), SOLUTIONS, "exec"), module.__dict__)
     else:
         module = readme_module("class Mailing(")
     return getattr(module, name)()
@@ -7242,6 +7260,15 @@ def test_the_wsgi_application_of_the_readme_gives_the_same_replies(record: Recor
     assert json.loads(reply.body or b"{}") == expected.body
     for name, value in expected.headers.items():
         assert reply.headers[name] == value
+
+
+def test_the_wsgi_application_takes_an_empty_content_length_as_missing() -> None:
+    module = readme_module("def application_for(")
+    application = module.application_for(Recorder(), str(FIXTURES / "keys.json"))
+    environ: dict[str, Any] = {"SCRIPT_NAME": "", "PATH_INFO": "/health", "QUERY_STRING": ""}
+    environ["CONTENT_LENGTH"] = ""
+    wsgiref.util.setup_testing_defaults(environ)
+    assert call_wsgi(application, environ).status == 200
 
 
 def test_the_wsgi_application_refuses_a_body_that_ends_early() -> None:
