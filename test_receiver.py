@@ -3696,6 +3696,7 @@ def test_a_stop_finishes_the_requests_in_flight() -> None:
         wait_until(lambda: server.stopping)
         go_on.set()
         assert reply.result().status_code == 200
+        assert reply.result().headers["Connection"] == "close"
         stopping.result()
 
 
