@@ -186,7 +186,7 @@ def ask(
     length: Any = ...,
     **headers: str | None,
 ) -> receiver.Reply:
-    """The reply to a request, without a network. A header that is None is left out."""
+    """The reply to a request, without a network. `authorization=None` leaves that header out."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     sent = {"authorization": basic("segment")}
     for name, value in headers.items():
@@ -263,7 +263,7 @@ def rows(path: Path, query: str, *values: object) -> list[Any]:
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 10) -> Any:
-    """Wait for a change that has no event, for example in another process; return its result."""
+    """Poll until a condition is true, and return its value. For changes that set no event."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} seconds: {condition}"
@@ -284,7 +284,7 @@ class RunningReceiver(contextlib.AbstractContextManager["RunningReceiver"]):
     """A receiver in a separate process, with a free port and its own database."""
 
     def __init__(
-        self, folder: Path, *options: object, program: Sequence[str] = RECEIVER, **process: Any
+        self, folder: Path, *options: object, program: Sequence[str] = RECEIVER, **popen: Any
     ) -> None:
         self.database = folder / "calls.db"
         self.tls_cert = str(CERT)
@@ -292,9 +292,9 @@ class RunningReceiver(contextlib.AbstractContextManager["RunningReceiver"]):
         words = [*program, "--port", "0", *map(str, options)]
         if program is RECEIVER and "--database" not in options:
             words += ["--database", str(self.database)]
-        with open(process.pop("log", self.log_path), "wb") as log:
+        with open(popen.pop("log", self.log_path), "wb") as log:
             usual = {"cwd": HERE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
-            self.process = subprocess.Popen(words, **{**usual, **process})
+            self.process = subprocess.Popen(words, **{**usual, **popen})
         assert self.process.stdout
         self.first_line = self.process.stdout.readline()
         self.url = self.first_line.removeprefix("Listening on ").split(" ")[0].strip()
@@ -572,7 +572,7 @@ def test_without_the_sections_about_speed_every_answer_is_the_same() -> None:
 
 
 @cases("record", ACCEPTED)
-def test_an_accepted_request_gets_a_200_and_the_destination_the_expected_call(
+def test_an_accepted_request_gets_a_200_and_the_destination_receives_the_expected_call(
     record: Record,
 ) -> None:
     destination = FixtureDestination()
@@ -594,14 +594,15 @@ def test_a_refusal_names_the_culprit_and_reaches_no_destination(record: Record) 
 
 
 @pytest.mark.parametrize("status", sorted({record.status for record in REFUSED.values()}))
-def test_a_request_that_can_never_succeed_gets_a_status_that_is_not_retried(status: int) -> None:
+def test_no_status_in_refused_json_is_one_that_segment_retries(status: int) -> None:
     retried = {408, 429, *range(500, 600)} - {501, 505}
     assert status not in retried
 
 
 # ---- The ladder ----------------------------------------------------------------------------------
 
-# One request for each way to leave the ladder, from rung 2 to 11, with the status that it gets.
+# The protocol is a ladder of checks, the rungs, which are made in a fixed order (see
+# `receiver.answer`). Here is one request for each result of rungs 2 to 11, with its status.
 LADDER: dict[str, tuple[dict[str, Any], int]] = {
     "an unknown path": ({"target": "/elsewhere"}, 404),
     "an unsupported method": ({"method": "PUT"}, 405),
@@ -637,13 +638,14 @@ def test_each_rung_has_its_status_and_only_an_error_reply_has_a_message(
     assert list(reply.body) == ([] if status < 300 else ["message"])
 
 
-# Pairs of faults that one request can have, and that have different statuses.
+# Two faults that fit into one request, because they change different parts of it, and that have
+# different statuses.
 FAULT_PAIRS = {
     f"{first} before {second}": (first, second)
     for first, second in itertools.combinations(LADDER, 2)
     if not LADDER[first][0].keys() & LADDER[second][0].keys()
     if LADDER[first][1] != LADDER[second][1]
-    if LADDER[second][0]
+    if LADDER[second][1] >= 400
 }
 
 
@@ -651,6 +653,10 @@ FAULT_PAIRS = {
 def test_of_two_faults_the_one_on_the_earlier_rung_is_answered(first: str, second: str) -> None:
     reply = ask(**LADDER[first][0], **LADDER[second][0])
     assert reply.status == LADDER[first][1]
+
+
+def test_a_missing_type_is_reported_before_a_missing_user() -> None:
+    assert ask({}).body == {"message": "Missing type"}
 
 
 EXPIRED_IDENTIFY_KEY = one_key(
@@ -664,10 +670,9 @@ EXPIRED_IDENTIFY_KEY = one_key(
         "an expired key before its missing permission": ({"keys": EXPIRED_IDENTIFY_KEY}, 401),
         "a malformed body before its unsupported type": ({"body": b'{"type": "juggle", '}, 400),
         "an unsupported type before a missing user": ({"body": {"type": "juggle"}}, 501),
-        "a missing type before a missing user": ({"body": {}}, 400),
     },
 )
-def test_of_two_faults_in_one_place_the_one_on_the_earlier_rung_is_answered(
+def test_of_two_faults_in_the_key_or_the_body_the_one_on_the_earlier_rung_is_answered(
     asked: dict[str, Any], status: int
 ) -> None:
     assert ask(**asked).status == status
@@ -694,7 +699,7 @@ CHALLENGE = 'Basic realm="Segment calls", charset="UTF-8"'
         "200": ({}, {}),
     },
 )
-def test_a_401_405_415_or_503_has_a_header_that_says_what_to_do(
+def test_a_reply_has_the_headers_that_belong_to_its_status(
     asked: dict[str, Any], headers: dict[str, str]
 ) -> None:
     assert ask(**asked).headers == headers
@@ -707,7 +712,7 @@ def test_an_internal_error_is_500_and_tells_the_client_no_details() -> None:
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit])
-def test_an_exception_that_does_not_derive_from_exception_propagates(
+def test_keyboard_interrupt_system_exit_and_generator_exit_propagate(
     kind: type[BaseException],
 ) -> None:
     with pytest.raises(kind):
@@ -787,7 +792,7 @@ def test_an_expired_key_gets_the_message_that_segment_documents() -> None:
     assert reply.body == {"message": "API token expired"}
 
 
-def test_the_customer_of_an_expired_key_is_known_to_the_log() -> None:
+def test_the_reply_to_an_expired_key_names_its_customer_for_the_log() -> None:
     assert ask(authorization=basic("segment-expired")).customer == "lapsed"
 
 
@@ -846,8 +851,8 @@ def test_a_content_encoding_of_identity_is_accepted_in_any_case() -> None:
 
 # ---- Rung 7: the body ----------------------------------------------------------------------------
 
-# Inside an object, which is one level, these make 500. Where an empty array stands beside them, the
-# number of brackets exceeds the limit, so that the exact depth must be determined.
+# Each of these is 499 levels deep, so 500 inside an object, which is the limit. Some tests add an
+# empty array: its bracket takes the count over 500, so that the exact depth must be determined.
 DEEP_ARRAYS = "[" * 499 + "]" * 499
 DEEP_OBJECTS = '{"a":' * 499 + "0" + "}" * 499
 LONG_KEY = "x" * 150
@@ -978,7 +983,7 @@ def test_json_that_other_programs_could_not_read_is_refused(data: bytes) -> None
         "at the end": (b'{"a": 1', 8),
     },
 )
-def test_a_syntax_error_is_located_by_its_character_counted_from_1(
+def test_the_position_of_a_syntax_error_is_in_characters_counted_from_1(
     data: bytes, position: int
 ) -> None:
     with pytest.raises(receiver.Refusal) as refused:
@@ -987,18 +992,20 @@ def test_a_syntax_error_is_located_by_its_character_counted_from_1(
 
 
 @cases(
-    "text",
+    "text, depth",
     {
-        "opening brackets": "[" * 400_000,
-        "closing brackets": "]" * 400_000,
-        "nested objects": '{"a":' * 100_000,
-        "escaped quotation marks in a string": '"' + r"\"" * 200_000,
-        "escaped quotation marks": r"\"" * 200_000,
+        "opening brackets": ("[" * 400_000, 400_000),
+        "closing brackets": ("]" * 400_000, 0),
+        "nested objects": ('{"a":' * 100_000, 100_000),
+        "escaped quotation marks in a string": ('"' + r"\"" * 200_000, 0),
+        "escaped quotation marks": (r"\"" * 200_000, 0),
     },
 )
-def test_the_nesting_depth_of_half_a_megabyte_is_found_within_a_second(text: str) -> None:
+def test_the_nesting_depth_of_half_a_megabyte_is_found_within_a_second(
+    text: str, depth: int
+) -> None:
     started = time.monotonic()
-    receiver.nesting_depth(text)
+    assert receiver.nesting_depth(text) == depth
     assert time.monotonic() - started < 1
 
 
@@ -1235,7 +1242,7 @@ def test_no_value_of_these_fields_is_refused_and_each_stays_in_raw(field: str, v
 
 
 @pytest.mark.parametrize("field", ["sent_at", "received_at", "original_timestamp"])
-def test_an_optional_time_is_converted_to_utc_or_ignored(field: str) -> None:
+def test_a_time_other_than_timestamp_is_converted_to_utc_or_ignored_if_invalid(field: str) -> None:
     with_a_stray_colon = "2026-10-16T16:00:27.957:Z"
     valid = handler_arguments({**TRACK, field: "2026-01-15T01:30:08+02:00"})[-1]
     invalid = handler_arguments({**TRACK, field: with_a_stray_colon})[-1]
@@ -1267,7 +1274,7 @@ def test_a_call_is_dated_by_its_timestamp_or_the_best_substitute(
 
 
 @pytest.mark.parametrize(("result", "status"), [(None, 200), (200, 200), (202, 202), (200.0, 200)])
-def test_a_handler_returns_none_or_200_for_a_200_and_202_for_a_202(
+def test_a_result_of_none_or_200_gives_status_200_and_202_gives_202(
     result: Any, status: int
 ) -> None:
     reply = ask(destination=Recorder(result))
@@ -1275,7 +1282,7 @@ def test_a_handler_returns_none_or_200_for_a_200_and_202_for_a_202(
 
 
 @pytest.mark.parametrize("result", ["x", 404, False, 201, {}], ids=repr)
-def test_a_handler_that_returns_anything_else_gets_a_500(result: Any) -> None:
+def test_any_other_result_of_a_handler_is_a_500(result: Any) -> None:
     reply = ask(destination=Recorder(result))
     assert reply.status == 500
     assert isinstance(reply.error, TypeError)
@@ -1293,8 +1300,15 @@ def test_a_refusal_has_a_status_from_400_to_599(status: int) -> None:
         receiver.Refusal(status, "No")
 
 
-@pytest.mark.parametrize("headers", [{"X": "a\r\nSet-Cookie: b"}, {"X\n": "a"}, {"X": "é"}])
-def test_a_refusal_cannot_have_a_header_that_forges_another(headers: dict[str, str]) -> None:
+@cases(
+    "headers",
+    {
+        "a line break in a value": {"X": "a\r\nSet-Cookie: b"},
+        "a line break in a name": {"X\n": "a"},
+        "a non-ASCII value": {"X": "é"},
+    },
+)
+def test_a_header_of_a_refusal_must_be_printable_ascii(headers: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="printable ASCII"):
         receiver.Refusal(400, "No", headers)
 
@@ -1303,7 +1317,7 @@ def test_a_refusal_that_is_raised_again_and_again_keeps_no_call_in_memory() -> N
     shared = receiver.Refusal(503, "Down")
     for _ in range(3):
         assert ask(destination=Recorder(shared)).status == 503
-        assert shared.__traceback__ is None
+        assert shared.__traceback__ is None  # which would keep the frames, and so the calls
 
 
 class CustomRefusal(receiver.Refusal):
@@ -1316,7 +1330,7 @@ class CustomRefusal(receiver.Refusal):
 @cases(
     "attributes, status, message",
     {
-        "none": ({}, 500, "Internal error"),
+        "no attributes": ({}, 500, "Internal error"),
         "a status": ({"status": 422}, 422, "Internal error"),
         "a status that is not a number": ({"status": "soon"}, 500, "Internal error"),
         "a status just below the errors": ({"status": 399}, 500, "Internal error"),
@@ -1324,12 +1338,12 @@ class CustomRefusal(receiver.Refusal):
         "a message that is not text": ({"status": 400, "message": {1}}, 400, "{1}"),
         "headers that are None": ({"status": 422, "headers": None}, 422, "Internal error"),
         "headers that are a list": ({"status": 422, "headers": ["x"]}, 500, "Internal error"),
-        "headers that are forged": (
+        "a header with a line break": (
             {"status": 422, "headers": {"X": "\r\n"}},
             500,
             "Internal error",
         ),
-        "a message without a str": (
+        "a message whose str() raises": (
             {"status": 422, "message": Unprintable()},
             500,
             "Internal error",
@@ -1601,7 +1615,7 @@ def test_no_call_of_a_failed_batch_is_written_again_after_its_deadline(
     monkeypatch.setattr(receiver, "STORE_TIMEOUT", 1.0)
     late = [queue_call(batches, pool, name) for name in ("a", "poisoned")]
     batches.go_on.set()
-    batches.go_on.clear()  # so only the write that waits goes on, and the next one is held up
+    batches.go_on.clear()  # set() wakes the write of `first`; the next write has to wait
     wait_until(lambda: len(batches.batches) == 2)
     assert {reply.result().status for reply in late} == {503}
     batches.go_on.set()
@@ -1615,7 +1629,9 @@ def test_the_time_limits_fit_into_the_five_seconds_that_the_sender_waits() -> No
     assert 2 * receiver.LOCK_TIMEOUT < receiver.STORE_TIMEOUT < 5
 
 
-def send_at_once(destination: receiver.Destination, message_id: str, **fields: Any) -> int:
+def send_and_expect_a_prompt_reply(
+    destination: receiver.Destination, message_id: str, **fields: Any
+) -> int:
     """The status of a call that is answered without waiting for the writer."""
     started = time.monotonic()
     status = send_track(destination, message_id, **fields).status
@@ -1630,7 +1646,7 @@ def test_at_most_1000_calls_wait(
     monkeypatch.setattr(receiver, "MAX_WAITING_CALLS", 2)
     hold_up_writer(batches, pool)
     accepted = [queue_call(batches, pool, name) for name in ("a", "b")]
-    assert send_at_once(batches, "one too many") == 503
+    assert send_and_expect_a_prompt_reply(batches, "one too many") == 503
     batches.go_on.set()
     assert {reply.result().status for reply in accepted} == {200}
 
@@ -1642,7 +1658,7 @@ def test_at_most_16_mb_of_bodies_wait(
     monkeypatch.setattr(receiver, "MAX_WAITING_BYTES", 400)
     hold_up_writer(batches, pool)
     accepted = [queue_call(batches, pool, name, note="x" * 100) for name in ("a", "b")]
-    assert send_at_once(batches, "one too many", note="x" * 100) == 503
+    assert send_and_expect_a_prompt_reply(batches, "one too many", note="x" * 100) == 503
     batches.go_on.set()
     assert {reply.result().status for reply in accepted} == {200}
     assert send_track(batches, "next").status == 200
@@ -1654,7 +1670,7 @@ def test_a_single_call_of_any_size_may_wait(
     monkeypatch.setattr(receiver, "MAX_WAITING_BYTES", 400)
     hold_up_writer(batches, pool)
     long = queue_call(batches, pool, "long", note="x" * 1000)
-    assert send_at_once(batches, "one too many") == 503
+    assert send_and_expect_a_prompt_reply(batches, "one too many") == 503
     batches.go_on.set()
     assert long.result().status == 200
 
@@ -1687,7 +1703,7 @@ def test_close_waits_until_the_accepted_calls_are_written_and_refuses_new_ones(
     second = queue_call(batches, pool, "second")
     closing = pool.submit(batches.close)
     wait_until(lambda: batches._closing)
-    assert send_at_once(batches, "too late") == 503
+    assert send_and_expect_a_prompt_reply(batches, "too late") == 503
     assert not closing.done()
     batches.go_on.set()
     closing.result()
@@ -1706,7 +1722,7 @@ def test_close_does_not_wait_forever_for_a_write_that_hangs(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_destination_whose_writer_has_died_has_failed_and_answers_503_at_once(
+def test_once_its_writer_has_died_a_destination_is_marked_as_failed_and_answers_503(
     batches: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(receiver, "STORE_TIMEOUT", 0.5)
@@ -1715,7 +1731,7 @@ def test_a_destination_whose_writer_has_died_has_failed_and_answers_503_at_once(
     assert send_track(batches, "a").status == 503
     wait_until(lambda: batches.failed)
     monkeypatch.undo()
-    assert send_at_once(batches, "b") == 503
+    assert send_and_expect_a_prompt_reply(batches, "b") == 503
 
 
 # ---- The default store ---------------------------------------------------------------------------
@@ -1872,7 +1888,7 @@ def test_a_message_id_is_stored_once_for_each_customer(
         ),
     },
 )
-def test_each_view_has_one_row_for_each_call_of_its_type(
+def test_each_view_shows_the_calls_of_its_type_and_their_fields(
     store: FileStore, calls: list[Any], query: str, expected: list[Any]
 ) -> None:
     assert saved_and_found(store, calls, query) == json.dumps(expected, sort_keys=True)
@@ -1898,17 +1914,17 @@ def test_each_trait_of_a_user_comes_from_the_newest_call_in_any_order_of_arrival
 @cases(
     "calls, query, expected",
     {
-        "traits that are null set no trait": (
+        "traits that are null or an empty array change nothing": (
             [identify(traits={"a": 1}), identify(traits=None), identify(traits=[])],
             "select traits from users",
             [[{"a": 1}]],
         ),
-        "of equally new traits, the last received": (
+        "of equally new traits, the last one received wins": (
             [identify(timestamp=DAY_1, traits={"plan": plan}) for plan in ("c", "a", "b")],
             "select traits from users",
             [[{"plan": "b"}]],
         ),
-        "users with a user_id in any call, by customer": (
+        "one row for each customer and user_id in any type of call": (
             [
                 track(user_id="u2"),
                 {"call_type": "page", "user_id": None, "anonymous_id": "a1"},
@@ -1983,7 +1999,9 @@ def test_this_view_does_not_count_deletes(
     assert saved_and_found(store, calls, query) == json.dumps(expected, sort_keys=True)
 
 
-def test_a_trait_whose_name_contains_nul_does_not_overwrite_another(store: FileStore) -> None:
+def test_a_trait_whose_name_contains_nul_is_left_out_and_overwrites_no_other(
+    store: FileStore,
+) -> None:
     store.save(traits={"a": 3}, timestamp=DAY_1)
     store.save(traits={"a\0c": 2}, timestamp=DAY_2)
     assert store.find("select traits from users") == [('{"a":3}',)]
@@ -2091,7 +2109,7 @@ def delete(timestamp: str, **fields: Any) -> dict[str, Any]:
     return {"call_type": "delete", "timestamp": timestamp, **fields}
 
 
-def test_a_delete_removes_only_that_customers_calls_of_that_user_up_to_its_timestamp(
+def test_a_delete_removes_only_calls_of_its_user_and_customer_up_to_its_timestamp(
     store: FileStore,
 ) -> None:
     for call in (
@@ -2145,7 +2163,9 @@ def test_a_retried_delete_removes_nothing_that_came_after_it(store: FileStore) -
     assert store.find("select count(*) from calls where message_id = 'later'") == [(1,)]
 
 
-def test_a_duplicate_from_before_a_delete_has_the_outcome_duplicate(store: FileStore) -> None:
+def test_a_duplicate_dated_before_a_delete_counts_as_duplicate_and_not_as_forgotten(
+    store: FileStore,
+) -> None:
     store.save(**track(message_id="m1", timestamp=DAY_3))
     store.save(**delete(DAY_2))
     assert store.save(**track(message_id="m1", timestamp=DAY_1)).outcome == "duplicate"
@@ -2216,14 +2236,14 @@ def files_with(path: Path, secret: bytes) -> list[str]:
     return [file.name for file in files if file.exists() and secret in file.read_bytes()]
 
 
-def test_no_trait_of_a_deleted_user_remains_in_any_file_of_the_database(store: FileStore) -> None:
+def test_no_trait_of_a_deleted_user_remains_in_free_pages_or_the_wal(store: FileStore) -> None:
     store.save(traits={"secret": "gone-with-the-wind"})
     assert files_with(store.path, b"gone-with-the-wind") != []
     store.save("delete")
     assert files_with(store.path, b"gone-with-the-wind") == []
 
 
-def test_a_delete_does_not_wait_for_a_reader_and_the_next_call_removes_it_from_the_wal(
+def test_a_delete_does_not_wait_for_a_reader_and_the_next_call_clears_the_wal(
     store: FileStore,
 ) -> None:
     store.save(traits={"secret": "gone-with-the-wind"})
@@ -2279,7 +2299,7 @@ def make_other_version(path: Path) -> None:
         ),
     },
 )
-def test_a_file_that_is_not_our_database_is_refused_and_not_touched(
+def test_a_path_that_cannot_be_used_is_refused_and_nothing_is_touched(
     tmp_path: Path, make: Callable[[Path], object], reason: str
 ) -> None:
     path = tmp_path / "calls.db"
@@ -2360,7 +2380,7 @@ def save_twelve_calls(
     return [reply.result() for reply in replies]
 
 
-def test_many_calls_waiting_at_once_share_one_transaction(
+def test_calls_that_wait_together_share_one_transaction(
     store: FileStore, pool: ThreadPoolExecutor
 ) -> None:
     statements: list[str] = []
@@ -2369,7 +2389,7 @@ def test_many_calls_waiting_at_once_share_one_transaction(
     assert [text.lower() for text in statements].count("commit") == 2
 
 
-def test_a_call_that_the_database_cannot_hold_fails_alone(
+def test_a_call_that_the_database_rejects_fails_alone(
     store: FileStore, pool: ThreadPoolExecutor
 ) -> None:
     store.find(
@@ -2620,7 +2640,7 @@ REFUSED_HEADS: dict[str, tuple[list[bytes], int, str]] = {
         400,
         "Malformed header line 3",
     ),
-    "an illegal header name": (
+    "no colon, or an illegal header name": (
         [head("X"), head(": a"), head(" X: a"), head("X(y): a"), head("X\xe9: a")],
         400,
         "Malformed header line 3",
@@ -2636,7 +2656,7 @@ REFUSED_HEADS: dict[str, tuple[list[bytes], int, str]] = {
         400,
         "Repeated content-length header",
     ),
-    "a second, different Content-Type": (
+    "a second Content-Type that differs only in case": (
         [head(JSON_TYPE, "content-type: Application/JSON")],
         400,
         "Repeated content-type header",
@@ -2686,14 +2706,14 @@ def test_a_head_that_is_not_clean_is_refused_and_the_connection_closes(
 
 # A request that a server would find in the body, or after it, if it read the length differently.
 SMUGGLED = request({**TRACK, "message_id": "smuggled"})
-LAST_CHUNK = b"0\r\n\r\n"  # which also has exactly 5 bytes
+LAST_CHUNK = b"0\r\n\r\n"  # exactly 5 bytes, the Content-Length below
 
 
 @cases(
     "data",
     {
-        "both, with the end of the chunks": head(CHUNKED, length=5) + LAST_CHUNK + SMUGGLED,
-        "both, in the other order": head("Content-Length: 5", CHUNKED) + LAST_CHUNK + SMUGGLED,
+        "a length and chunked": head("Content-Length: 5", CHUNKED) + LAST_CHUNK + SMUGGLED,
+        "chunked and a length": head(CHUNKED, "Content-Length: 5") + LAST_CHUNK + SMUGGLED,
         "only chunked": head(CHUNKED) + LAST_CHUNK + SMUGGLED,
         "two lengths": head("Content-Length: 5", length=0) + SMUGGLED,
         "a length with a sign": head(length="+0") + SMUGGLED,
@@ -2704,7 +2724,7 @@ LAST_CHUNK = b"0\r\n\r\n"  # which also has exactly 5 bytes
         ),
     },
 )
-def test_no_request_can_be_smuggled_behind_an_unclear_length(
+def test_no_second_request_can_be_smuggled_behind_the_first(
     running: RunningReceiver, data: bytes
 ) -> None:
     with TlsClient(running) as client:
@@ -2832,12 +2852,13 @@ def test_a_refused_request_has_the_same_status_and_message_over_the_network(
     running: RunningReceiver, record: Record
 ) -> None:
     with TlsClient(running) as client:
-        reply = client.send(record_bytes(record)).reply(head_only=record.head.startswith("HEAD"))
+        reply = client.send(record_bytes(record)).reply()
     assert reply.status == record.status
     assert reply.message.startswith(record.message)
 
 
-# After these, nobody can know where the next request begins, or the rest of the body is too long.
+# After these, the connection closes: either it is unknown where the next request begins, or the
+# rest of the body is too long to be discarded.
 CLOSING = {
     "a Transfer-Encoding beside a Content-Length",
     "a Transfer-Encoding without a Content-Length",
@@ -2895,24 +2916,26 @@ def test_refused_bodies_do_not_fill_the_memory(tmp_path: Path) -> None:
         "of a method that is not allowed": (head(method="HEAD", api_key=None), 405),
     },
 )
-def test_a_reply_to_head_has_no_body(running: RunningReceiver, data: bytes, status: int) -> None:
+def test_a_reply_to_the_method_head_has_no_body(
+    running: RunningReceiver, data: bytes, status: int
+) -> None:
     with TlsClient(running) as client:
         assert client.send(data).reply(head_only=True).status == status
         assert client.status(request()) == 200  # so no body stood in between
 
 
 @cases(
-    "data, status",
+    "data",
     {
-        "a malformed header": (head("X : y", method="HEAD"), 400),
-        "a bare LF in a head that is incomplete": (b"HEAD / HTTP/1.1\nX", 400),
+        "a malformed header": head("X : y", method="HEAD"),
+        "a bare LF in a head that is incomplete": b"HEAD / HTTP/1.1\nX",
     },
 )
-def test_a_reply_to_a_malformed_head_request_has_no_body(
-    running: RunningReceiver, data: bytes, status: int
+def test_even_a_malformed_request_with_the_method_head_gets_no_body(
+    running: RunningReceiver, data: bytes
 ) -> None:
     with TlsClient(running) as client:
-        assert client.send(data).reply(head_only=True).status == status
+        assert client.send(data).reply(head_only=True).status == 400
         assert client.is_closed()
 
 
@@ -3179,7 +3202,7 @@ FORGED = "x\r\nForged: 1\x1b"
         "an empty array": ([], "[]"),
         "an array": (["x"], "['x']"),
         "80 characters": ("x" * 80, "x" * 80),
-        "81 characters, cut to 80 with the quotation mark": ("x" * 81, "'" + "x" * 78 + "…"),
+        "81 characters: quoted, then cut to 80": ("x" * 81, "'" + "x" * 78 + "…"),
     },
 )
 def test_how_a_value_is_shown_in_a_line_of_the_log(value: Any, shown: str) -> None:
@@ -3284,12 +3307,13 @@ def test_verbose_adds_each_call_indented(tmp_path: Path) -> None:
         assert f" ms\n{members}" in process.log
 
 
-def test_verbose_logs_a_call_that_is_deep_and_wide_at_about_its_own_size(tmp_path: Path) -> None:
+def test_verbose_does_not_indent_each_level_of_a_deep_call(tmp_path: Path) -> None:
     deep: list[Any] = [1] * 30_000
     for _ in range(480):
         deep = [deep]
     with RunningReceiver(tmp_path, "--verbose") as process, TlsClient(process) as client:
         assert client.status(request({**TRACK, "properties": {"a": deep}})) == 200
+        # The call has some 90 KB. With each of its levels indented, it would have over 50 MB.
         assert 60_000 < process.log_length() < 1_000_000
 
 
@@ -3391,7 +3415,7 @@ def test_no_api_key_appears_in_the_keys_file_the_log_or_a_reply(tmp_path: Path) 
 
 
 @on_linux
-def test_a_log_on_a_full_disk_delays_no_request(tmp_path: Path) -> None:
+def test_a_log_on_a_full_disk_fails_no_request(tmp_path: Path) -> None:
     with RunningReceiver(tmp_path, log="/dev/full") as process, TlsClient(process) as client:
         assert {client.status(request()) for _ in range(500)} == {200}
         assert process.stop() == 0
@@ -3538,15 +3562,16 @@ def test_when_descriptors_run_out_the_longest_idle_connection_makes_room(tmp_pat
         used = process.open_files()
         hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)[1]
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (used + 5, hard))
-        clients = []
+        first, second = [stack.enter_context(TlsClient(process)) for _ in range(2)]
+        assert second.status(request()) == 200
         for _ in range(20):
-            clients.append(stack.enter_context(TlsClient(process)))
-            assert clients[-1].status(request()) == 200
-        assert clients[0].is_closed()
-        assert clients[-1].status(request()) == 200
+            assert first.status(request()) == 200  # so it has not been idle for long
+            assert stack.enter_context(TlsClient(process)).status(request()) == 200
+        assert second.is_closed()
+        assert first.status(request()) == 200
         assert process.stop() == 0
         assert "Traceback" not in process.log
-        assert 1 <= process.log.count("Cannot accept more connections") <= 20
+        assert "Cannot accept more connections" in process.log
 
 
 def test_if_no_thread_can_be_started_the_server_goes_on(
@@ -3738,8 +3763,8 @@ receiver.main(Hanging())
 """
 
 
-def test_a_destination_that_hangs_in_close_is_ended_by_force(tmp_path: Path) -> None:
-    assert receiver.FORCED_EXIT_AFTER < 10
+def test_if_a_destination_hangs_in_close_the_process_is_ended_by_force(tmp_path: Path) -> None:
+    assert receiver.FORCED_EXIT_AFTER < 10  # when service managers kill; the program shortens it
     with run_program(tmp_path, HANGS_IN_CLOSE) as process:
         assert post(process).status_code == 200
         started = time.monotonic()
@@ -3783,10 +3808,12 @@ receiver.main(Hanging())
 def test_a_handler_that_hangs_does_not_keep_the_process_alive(tmp_path: Path) -> None:
     with run_program(tmp_path, HANGS_IN_A_HANDLER) as process, TlsClient(process) as client:
         client.send(request())
-        assert post(process, SAMPLES["identify"]).status_code == 200
+        assert post(process, SAMPLES["identify"]).status_code == 200  # others are still answered
         started = time.monotonic()
         assert process.stop() == 0
-        assert time.monotonic() - started < 10
+        longest = receiver.SHUTDOWN_GRACE + receiver.REPLY_GRACE + 2
+        assert time.monotonic() - started < longest
+        assert "by force" not in process.log
 
 
 # ---- TLS -----------------------------------------------------------------------------------------
@@ -3894,11 +3921,9 @@ def test_http_1_1_is_chosen_by_alpn(running: RunningReceiver) -> None:
         assert client.tls.selected_alpn_protocol() == "http/1.1"
 
 
-def test_tls_compression_is_declined(running: RunningReceiver) -> None:
-    context = ssl.create_default_context(cafile=running.tls_cert)
-    context.options &= ~ssl.OP_NO_COMPRESSION
-    with TlsClient(running, context) as client:
-        assert client.tls.compression() is None
+def test_tls_compression_is_switched_off() -> None:
+    with receiver.serve(Recorder(), port=0) as server:
+        assert server.tls_context.options & ssl.OP_NO_COMPRESSION
 
 
 def test_renegotiation_is_refused(running: RunningReceiver) -> None:
@@ -3965,7 +3990,7 @@ def receive_queue(server_port: int, client_port: int) -> int | None:
 
 
 @on_linux
-def test_a_client_that_reads_no_reply_is_disconnected_after_the_timeout(
+def test_a_client_that_stops_reading_replies_is_disconnected_after_the_timeout(
     impatient: RunningReceiver,
 ) -> None:
     with TlsClient(impatient) as client:
@@ -4002,11 +4027,12 @@ def object_with_keys(parts: Sequence[str], repeat: int) -> bytes:
         "objects, 10,000 levels": (track_with('{"a":' * 10_000 + "1" + "}" * 10_000), 400),
         "arrays without an end": (track_with("[" * 500_000), 400),
         "50,000 keys": (object_with_keys("0123456789abcde", 4), 200),
-        # These collide in Java's String.hashCode.
-        "keys that flood a hash table": (object_with_keys(("Ez", "FY"), 13), 200),
-        "keys that become one": (object_with_keys(("a-", "a ", "a_", "A"), 7), 200),
+        "16,384 keys, many of which get the same name": (
+            object_with_keys(("a-", "a ", "a_", "A"), 7),
+            200,
+        ),
         "one key 80,000 times": (track_with("{" + '"a":0,' * 80_000 + '"a":0}'), 200),
-        "a key of 500,000 capitals": (track_with('{"' + "aB" * 250_000 + '": 1}'), 200),
+        "a key with 250,000 capitals": (track_with('{"' + "aB" * 250_000 + '": 1}'), 200),
         "escapes": (track_with('{"a": "' + r"\u0000" * 80_000 + '"}'), 200),
         "an unpaired surrogate after many pairs": (
             track_with('{"a": "' + r"\ud83d\ude00" * 40_000 + r'\ud83d"}'),
@@ -4016,11 +4042,14 @@ def object_with_keys(parts: Sequence[str], repeat: int) -> bytes:
         "a long fraction": (track_with('{"a": 0.' + "1" * 500_000 + "}"), 200),
         "a very long integer": (track_with('{"a": ' + "1" * 500_000 + "}"), 400),
         "an unterminated string of quotes": (track_with('"' + r"\"" * 250_000), 400),
-        "a charset with a number": (
+        "a charset in 5,000 parts (RFC 2231)": (
             request(TRACK, f"{JSON_TYPE}; charset*{'0' * 5000}=utf-8"),
             200,
         ),
-        "a charset with a language": (request(TRACK, f"{JSON_TYPE}; charset*=x'y'%ff"), 200),
+        "a charset with a language (RFC 2231)": (
+            request(TRACK, f"{JSON_TYPE}; charset*=x'y'%ff"),
+            200,
+        ),
         "many parameters": (request(TRACK, JSON_TYPE + "; a=b" * 9000), 200),
         "an unclosed quotation mark": (request(TRACK, f'{JSON_TYPE}; "' + ";" * 60_000), 415),
         "many codings": (request(TRACK, "Content-Encoding: " + "x," * 30_000), 415),
@@ -4058,8 +4087,8 @@ def test_a_heavy_request_is_answered_within_a_second(
         "a quotation mark": '"',
         "control characters": "\u202e\x1b[m\r\nForged",
         "80,000 characters": "x" * 80_000,
-        "characters beyond the usual": "🙂\uffff",
-        "a format": "%s",
+        "an emoji and a noncharacter": "🙂\uffff",
+        "a format specifier": "%s",
     },
 )
 def test_any_text_in_an_id_is_stored_as_it_was_sent_and_forges_no_line(
@@ -4118,7 +4147,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutated_request(rng: random.Random) -> bytes:
-    """A valid request after a mutation, most often of its head, or else of its body."""
+    """A valid request that is mutated anywhere, or one of which only the body is mutated."""
     if rng.random() < 0.6:
         return mutate(rng.choice(VALID), rng)
     return request(mutate(TRACK_JSON, rng))
@@ -4437,7 +4466,7 @@ def test_the_hint_sends_a_call_that_the_destination_supports(tmp_path: Path) -> 
         process.wait_for_log("curl .*fixtures/identify.json")
 
 
-def test_there_is_no_hint_of_a_call_if_there_is_no_sample(tmp_path: Path) -> None:
+def test_without_a_sample_call_no_curl_command_is_suggested(tmp_path: Path) -> None:
     shutil.copy(HERE / "receiver.py", tmp_path)
     options = ["--tls-cert", CERT, "--tls-key", CERT_KEY, "--api-keys", FIXTURES / "keys.json"]
     program = [sys.executable, str(tmp_path / "receiver.py"), *map(str, options)]
@@ -4508,7 +4537,9 @@ def test_with_reuse_port_two_receivers_share_one_port(tmp_path: Path) -> None:
             second.wait_for_log(" 200 track ")
 
 
-def test_without_so_reuseport_that_option_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reuse_port_is_refused_where_there_is_no_so_reuseport(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delattr(socket, "SO_REUSEPORT", raising=False)
     with pytest.raises(receiver.ConfigurationError, match="--reuse-port: not supported"):
         receiver.serve(Recorder(), port=0, reuse_port=True)
@@ -4529,7 +4560,7 @@ PATH_RULE = (
 )
 NO_CERT = "nowhere.pem: No such file or directory; `make certs` makes a self-signed pair"
 
-# The words of a command line, and the one line that it gets.
+# The words of a command line, and the one line that is printed.
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "port too large": (
         ["--port", "65536"],
@@ -4620,7 +4651,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--add-key", "A"],
         "--add-key needs --api-keys FILE, the file to add the key to",
     ),
-    "add-key with a mistyped type": (
+    "add-key with a misspelled type of call": (
         ["--add-key", "A", "--calls", "identify,tarck", "--api-keys", "k.json"],
         f"argument --calls: {CALLS_RULE.removeprefix('calls ')}'tarck'",
     ),
@@ -4656,7 +4687,7 @@ def test_a_mistake_prints_one_line_on_standard_error_and_exits_with_2(
 # ---- Adding an API key ---------------------------------------------------------------------------
 
 
-def test_every_key_that_is_added_is_another_one(tmp_path: Path) -> None:
+def test_every_added_key_is_different(tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     first = add_key("Acme", "--api-keys", keys).stdout
     assert add_key("Acme", "--api-keys", keys).stdout != first
@@ -4685,7 +4716,9 @@ def test_add_key_keeps_the_other_entries_and_the_mode_of_the_file(tmp_path: Path
     assert keys.stat().st_mode & 0o777 == 0o640
 
 
-def test_add_key_stores_calls_expires_and_a_customer_in_any_language(tmp_path: Path) -> None:
+def test_add_key_stores_the_permitted_calls_the_expiry_and_a_non_ascii_customer(
+    tmp_path: Path,
+) -> None:
     keys = tmp_path / "keys.json"
     options = ["--calls", "identify,group", "--expires", "2999-01-01"]
     api_key = add_key("Küche", "--api-keys", keys, *options).stdout.strip()
@@ -4755,9 +4788,9 @@ def test_an_added_key_permits_only_its_calls(tmp_path: Path) -> None:
 #
 # It checks any endpoint by its address and API keys, and knows nothing of receiver.py. Most checks
 # are data: fixtures/conformance.json has requests, and the statuses that are expected. A MUST comes
-# from the first published page of the protocol, or follows from it; breaking most of them loses or
-# repeats customers' data. A SHOULD comes from later revisions, from HTTP, or from what real senders
-# send.
+# from the first published page of the protocol, or follows from it; breaking almost any of them
+# loses or repeats customers' data. A SHOULD comes from later revisions, from HTTP and TLS, or from
+# experience with real senders.
 # ==================================================================================================
 
 CONFORMANCE = json.loads((FIXTURES / "conformance.json").read_text())
@@ -4828,12 +4861,15 @@ Transport = Callable[[KitRequest], KitReply]
 
 # ---- Requests ------------------------------------------------------------------------------------
 #
-# A request of conformance.json is a good call with changes: `set` replaces or adds fields, `remove`
-# and `only` leave fields out, `raw` adds a member as text. `body` and `body_base64` replace the
-# whole body; `headers`, `method`, `scheme` and `credentials` replace those. In a value, {run} is
-# the user id of the run, {now} the current time, and {"$repeat": ["x", 9]} a text repeated 9 times.
-# In `raw`, {deep} is deep nesting and {digits} a long number. In `credentials`, {api} is the API
-# key.
+# A request of conformance.json is a good call of a `type` with changes. `set` replaces or adds
+# fields, `remove` and `only` leave fields out, `raw` adds a member as text, and `camel_case`
+# respells the keys. `body` and `body_base64` replace the whole body. `method`, `headers`, `scheme`,
+# `credentials` and `credentials_base64` replace those of the good call. `unsupported` means that
+# the request is sent only if its type is not in CALLS.
+#
+# The type {last} is the last one in CALLS. In a value, {run} is the user id of the run, {now} the
+# current time, and {"$repeat": ["x", 9]} a text repeated 9 times. In `raw`, {deep} is deep nesting,
+# and {digits} a long number. In `credentials`, CREDENTIAL_NAMES says what the placeholders mean.
 
 
 def expand(value: Any) -> Any:
@@ -5059,7 +5095,10 @@ class HttpTransport:
             if wait is None:
                 return reply
             if time.monotonic() + wait > self.deadline:
-                raise CutShortError(f"the endpoint limits the rate of requests ({reply.status})")
+                asked = f"{reply.status}, Retry-After: {wait:g}"
+                raise CutShortError(
+                    f"the endpoint asks to wait longer than the run lasts ({asked})"
+                )
             time.sleep(wait)
 
     def exchange(
@@ -5085,6 +5124,7 @@ class HttpTransport:
             if has_expired.is_set():
                 raise NoReplyError("the reply did not end in time")
             if len(body) > MAX_REPLY:
+                link.close()
                 raise NoReplyError(f"the reply is longer than {MAX_REPLY} bytes")
             self.failures = 0
             return KitReply(reply.status, headers, body)
@@ -5095,7 +5135,10 @@ class HttpTransport:
                 return self.exchange(link, request, reopen=False)
             if isinstance(error, ConnectionRefusedError):
                 self.failures += 1
-            raise NoReplyError(str(error) or type(error).__name__) from None
+            if has_expired.is_set():
+                raise NoReplyError("the reply did not end in time") from None
+            reason = printable_text((str(error) or type(error).__name__).encode(), 200)
+            raise NoReplyError(reason) from None
         finally:
             if watchdog:
                 watchdog.cancel()
@@ -5310,12 +5353,13 @@ def check_failed_call_stays_new(target: Target, transport: Transport) -> None:
             if first.status < 500 or first.status == 501:
                 continue
             second = transport(request)
-            # If the same call, with another message_id, still fails, then the fault persists, and
-            # the second reply was for a call that had only been marked as seen.
+            # The retry succeeded. If a copy with a new message_id still fails, the endpoint has not
+            # recovered: it knew the message_id, and dismissed the retry.
             if second.status < 300 and transport(again).status == first.status:
                 exchange = show_exchange(request, second, target)
-                statuses = f"{first.status}, and then {second.status}"
-                raise BrokenError(f"the same call was answered {statuses}\n{exchange}")
+                statuses = f"{first.status}, then {second.status} when it was sent again"
+                still = f"although a copy with a new message_id is still answered {first.status}"
+                raise BrokenError(f"a call was answered {statuses}, {still}\n{exchange}")
 
 
 def require_http(transport: Transport) -> HttpTransport:
@@ -5332,11 +5376,10 @@ def require_tls(target: Target) -> ssl.SSLContext:
 
 
 def check_certificate(target: Target, transport: Transport) -> None:
-    """The run begins only if the certificate is trusted, so here it can only be unchecked."""
+    """An untrusted certificate has already ended the run, so this is kept or not checked."""
     require_http(transport)
     if require_tls(target).verify_mode == ssl.CERT_NONE:
         raise NotCheckedError("INSECURE is set")
-    transport(build_request(PLAIN, target))
 
 
 def check_sixteen_connections(target: Target, transport: Transport) -> None:
@@ -5363,10 +5406,11 @@ def check_silent_connection(target: Target, transport: Transport) -> None:
     transport = require_http(transport)
     parts = urlsplit(target.url)
     address = (parts.hostname, parts.port or (443 if target.context else 80))
-    with (
-        socket.create_connection(address, REPLY_SECONDS),
-        contextlib.closing(transport.connection()) as link,
-    ):
+    try:
+        silent = socket.create_connection(address, REPLY_SECONDS)
+    except OSError as error:
+        raise NotCheckedError(f"there was no connection ({error})") from None
+    with silent, contextlib.closing(transport.connection()) as link:
         try:
             transport.send(link, build_request(PLAIN, target))
         except NoReplyError as error:
@@ -5404,7 +5448,8 @@ def check_plain_http(target: Target, transport: Transport) -> None:
         except NoReplyError:  # a refused connection, a reset or silence is fine
             return
     if reply.status == 401 or reply.status < 300:
-        raise BrokenError(f"it is served\n{show_exchange(request, reply, target)}")
+        address = plain.target.url.replace("https://", "http://")
+        raise BrokenError(f"{address} is served\n{show_exchange(request, reply, target)}")
 
 
 def check_old_tls(target: Target, transport: Transport) -> None:
@@ -5445,7 +5490,7 @@ CODE_CHECKS = [
     Check("SHOULD", "RFC 8996", "TLS 1.0 and 1.1 are refused", check_old_tls),
     Check(
         "SHOULD",
-        "Retries, later",
+        "Segment's page, Retries, later revision",
         "sixteen connections at once are answered within 5 seconds",
         check_sixteen_connections,
     ),
@@ -5457,27 +5502,29 @@ CODE_CHECKS = [
     ),
     Check(
         "SHOULD",
-        "Headers, later",
+        "Segment's page, Headers, later revision",
         "a connection stays open after a call and after a refusal",
         check_connection_stays_open,
     ),
     Check(
         "MUST",
         "Status Code",
-        "a call that was answered 5xx is not just acknowledged when it is retried",
+        "a retry of a call that was answered 5xx is not dismissed as a duplicate",
         check_failed_call_stays_new,
     ),
     Check(
         "MUST",
         "Response Body",
-        "the body of a refusal is empty, or a JSON object with the text message",
-        check_replies(REFUSALS, has_message, "no text message", ANY_ERROR),
+        "the body of a refusal is empty, or a JSON object whose message is a non-empty string",
+        check_replies(REFUSALS, has_message, "no string as the message", ANY_ERROR),
     ),
     Check(
         "MUST",
         "Response Body",
         "the body of a refusal is typed as application/json",
-        check_replies(REFUSALS, is_typed_as_json, "another Content-Type", ANY_ERROR),
+        check_replies(
+            REFUSALS, is_typed_as_json, "a Content-Type other than application/json", ANY_ERROR
+        ),
     ),
     Check(
         "SHOULD",
@@ -5679,9 +5726,8 @@ class Report:
     def pytest_report_collectionfinish(self, items: Sequence[pytest.Item]) -> str:
         self.selected = len(items)
         url = target_from(os.environ).url
-        return (
-            f"Sending calls to {url}. Most have the user id {RUN}, and a message id that begins so"
-        )
+        ids = f"the user id {RUN}, and message ids that start with it"
+        return f"Sending calls to {url}. Most have {ids}"
 
     def pytest_terminal_summary(
         self, terminalreporter: pytest.TerminalReporter, exitstatus: int
@@ -5711,7 +5757,7 @@ class Report:
         return fails and exitstatus != pytest.ExitCode.INTERRUPTED
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Exit with 2 if a MUST could not be checked for such a reason, and none is broken."""
+        """Exit with 2 if a MUST was cut short, and nothing failed."""
         unchecked = [
             finding
             for finding in FINDINGS.values()
@@ -5767,8 +5813,8 @@ def judge_our_own(checks: Sequence[Check]) -> None:
 # ---- The proof that the kit bites ----------------------------------------------------------------
 #
 # A small endpoint that is correct, as a function from a request to a reply, and faults that real
-# implementations have. Each fault is a function that may change the reply. The kit must report at
-# least the sentences that stand beside a fault as broken, and none for the correct endpoint.
+# implementations have. Each fault is a function that may change the reply. For each fault, the kit
+# must report as broken at least the sentences beside it; for the correct endpoint, none.
 
 FAULTY_TARGET = Target(
     "https://faulty.example/",
@@ -5915,7 +5961,7 @@ def test_the_kit_reports_nothing_for_a_correct_endpoint() -> None:
     assert broken_sentences(lambda parsed: None) == set()
 
 
-def test_the_kit_makes_every_check_that_it_can_make_of_a_correct_endpoint() -> None:
+def test_the_kit_skips_only_checks_of_connections_and_of_types_not_in_calls() -> None:
     endpoint = FaultyEndpoint(lambda parsed: None)
     reasons = {judge(check, FAULTY_TARGET, endpoint).text for check in CHECKS}
     other_types = {f"{name} is not in CALLS" for name in ("screen", "alias", "delete")}
@@ -5970,7 +6016,7 @@ def not_an_object(name: str) -> Callable[[dict[str, Any]], bool]:
     return lambda call: name in call and not isinstance(call[name], dict)
 
 
-def forgets_after_crash() -> Fault:
+def marks_as_seen_and_crashes() -> Fault:
     """A fault that marks a call as seen, and then crashes."""
     seen: set[Any] = set()
 
@@ -6025,8 +6071,14 @@ NEVER = "{} is never answered 5xx"
 
 # A fault, and sentences that it must break.
 FAULTS: dict[str, tuple[Fault, list[str]]] = {
-    "success is 204": (instead_of(200, KitReply(204, {}, b"")), ["success is answered 200 or 202"]),
-    "success is 201": (instead_of(200, KitReply(201, {}, b"")), ["success is answered 200 or 202"]),
+    "success is 204": (
+        instead_of(200, KitReply(204, {}, b"")),
+        ["an accepted call is answered 200 or 202"],
+    ),
+    "success is 201": (
+        instead_of(200, KitReply(201, {}, b"")),
+        ["an accepted call is answered 200 or 202"],
+    ),
     "success has a body that is not JSON": (
         instead_of(200, KitReply(200, {}, b"OK")),
         ["the body of a success is empty or JSON"],
@@ -6254,6 +6306,10 @@ FAULTS: dict[str, tuple[Fault, list[str]]] = {
         [NEVER.format("a page call with a missing field")],
     ),
     "track without a message_id crashes": (
+        crashes_on("track", lambda call: "message_id" not in call),
+        [NEVER.format("a track call with a missing field")],
+    ),
+    "track without a timestamp crashes": (
         crashes_on("track", lambda call: "timestamp" not in call),
         [NEVER.format("a track call with a missing field")],
     ),
@@ -6469,8 +6525,8 @@ FAULTS: dict[str, tuple[Fault, list[str]]] = {
     ),
     "a duplicate is 409": (answers_409_to_duplicates(), [SEEN_TWICE]),
     "a crashed call is marked as seen": (
-        forgets_after_crash(),
-        ["a call that was answered 5xx is not just acknowledged when it is retried"],
+        marks_as_seen_and_crashes(),
+        ["a retry of a call that was answered 5xx is not dismissed as a duplicate"],
     ),
     "a refused call passes when it is sent again": (
         accepts_refused_calls_when_retried(),
@@ -6492,19 +6548,19 @@ FAULTS: dict[str, tuple[Fault, list[str]]] = {
     ),
     "a refusal is plain text": (
         lambda p: p.correct._replace(body=b"No") if p.correct.body else None,
-        ["the body of a refusal is empty, or a JSON object with the text message"],
+        ["the body of a refusal is empty, or a JSON object whose message is a non-empty string"],
     ),
     "a refusal has an error instead of a message": (
         lambda p: p.correct._replace(body=b'{"error": "No"}') if p.correct.body else None,
-        ["the body of a refusal is empty, or a JSON object with the text message"],
+        ["the body of a refusal is empty, or a JSON object whose message is a non-empty string"],
     ),
     "a message is empty": (
         lambda p: p.correct._replace(body=b'{"message": ""}') if p.correct.body else None,
-        ["the body of a refusal is empty, or a JSON object with the text message"],
+        ["the body of a refusal is empty, or a JSON object whose message is a non-empty string"],
     ),
     "a message is a list": (
         lambda p: p.correct._replace(body=b'{"message": ["No"]}') if p.correct.body else None,
-        ["the body of a refusal is empty, or a JSON object with the text message"],
+        ["the body of a refusal is empty, or a JSON object whose message is a non-empty string"],
     ),
     "a refusal has no body": (
         lambda p: p.correct._replace(body=b"") if p.correct.body else None,
@@ -6575,7 +6631,7 @@ def test_a_broken_must_fails_the_run_with_status_1_and_shows_the_request() -> No
     assert "expected 2xx, 4xx or 501, but got" in done.stdout
     assert '500 to a track call with event "😀"' in done.stdout
     assert '> Authorization: Basic base64("YOUR_API_KEY:")' in done.stdout
-    assert done.stdout.strip().endswith("2 kept, 1 broken, 0 not checked")
+    assert done.stdout.strip().endswith("1 kept, 1 broken, 0 not checked")
 
 
 @pytest.mark.parametrize(("strict", "status"), [("", 0), ("1", 1)])
@@ -6592,7 +6648,7 @@ def test_pytest_exits_with_2_if_the_run_cannot_begin() -> None:
     assert "0 kept" not in done.stdout
 
 
-def test_checks_are_selected_with_k_and_not_with_another_marker() -> None:
+def test_a_longer_marker_expression_is_refused_and_k_is_suggested() -> None:
     done = run_kit(OriginalTypes(), "-m", "conformance and not slow")
     assert done.returncode == 2
     assert "Use -m conformance alone, and -k to select checks" in done.stdout + done.stderr
@@ -6623,7 +6679,7 @@ def test_the_checks_are_listed_without_an_endpoint() -> None:
     assert "test_conformance[a_track_call_is_accepted]" in done.stdout
 
 
-# Variables, and what the text says that ends the run.
+# Variables, and part of the message that ends the run.
 STOPS: dict[str, tuple[dict[str, str], str]] = {
     "no address": ({"ENDPOINT": ""}, "ENDPOINT is missing"),
     "another scheme": ({"ENDPOINT": "ftp://x/"}, "ENDPOINT must be an address such as"),
@@ -6715,7 +6771,7 @@ def as_https(url: str) -> Target:
 def test_the_kit_reports_an_endpoint_that_serves_plain_http() -> None:
     with raw_endpoint(lambda sock: sock.sendall(OK_REPLY)) as url:
         target = as_https(url)
-        with pytest.raises(BrokenError, match="it is served"):
+        with pytest.raises(BrokenError, match="is served"):
             check_plain_http(target, HttpTransport(target))
 
 
@@ -6816,7 +6872,7 @@ def test_a_reply_that_never_ends_does_not_hold_up_the_run(
     with raw_endpoint(reply) as url:
         target = Target(url, KIT_API_KEY)
         started = time.monotonic()
-        with pytest.raises(NoReplyError):
+        with pytest.raises(NoReplyError, match="did not end in time|is longer than"):
             HttpTransport(target)(build_request(PLAIN, target))
         assert time.monotonic() - started < 5
 
@@ -6838,7 +6894,7 @@ def test_a_rate_limit_that_outlasts_the_run_leaves_the_check_unmade() -> None:
     reply = b"HTTP/1.1 503 No\r\nRetry-After: 3600\r\nContent-Length: 0\r\n\r\n"
     with raw_endpoint(lambda sock: sock.sendall(reply)) as url:
         target = Target(url, KIT_API_KEY)
-        with pytest.raises(CutShortError, match="limits the rate"):
+        with pytest.raises(CutShortError, match="asks to wait longer"):
             HttpTransport(target)(build_request(PLAIN, target))
 
 
@@ -7129,7 +7185,7 @@ def test_exercise_1_only_a_temporary_problem_is_503(
     assert replies(mailing, {"traits": traits})[0][0] == status
 
 
-def test_exercise_2_a_valid_key_that_is_not_enough_is_403() -> None:
+def test_exercise_2_a_valid_key_of_a_customer_who_has_not_paid_is_403() -> None:
     paid = solution("Paid")
     paid.unpaid = {"demo"}
     assert [status for status, _ in replies(paid, ORDER, {})] == [403, 200]
