@@ -2332,6 +2332,10 @@ def test_an_older_sqlite_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         receiver.Store(tmp_path / "calls.db")
 
 
+def test_the_wal_is_copied_into_the_database_at_a_fixed_size(store: FileStore) -> None:
+    assert store._db.execute("pragma wal_autocheckpoint").fetchone() == (receiver.WAL_PAGES,)
+
+
 def test_the_database_is_created_with_mode_0600(store: FileStore) -> None:
     store.save()
     modes = {file.name: file.stat().st_mode & 0o777 for file in store.path.parent.iterdir()}
@@ -3619,6 +3623,28 @@ def test_the_limit_on_open_files_is_raised_to_max_connections_and_100_more(tmp_p
 
     with RunningReceiver(tmp_path, preexec_fn=lower_limit) as process:
         assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE)[0] == 1000 + 100
+
+
+@on_linux
+def test_an_unlimited_number_of_open_files_stays_unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    def fail(*_: object) -> NoReturn:
+        raise AssertionError("the limit must not be changed")
+
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: unlimited)
+    monkeypatch.setattr(resource, "setrlimit", fail)
+    receiver.raise_file_limit(1000)
+
+
+def test_after_a_reload_the_certificate_is_not_read_again(tmp_path: Path) -> None:
+    with RunningReceiver(tmp_path) as process:
+        process.send_signal(signal.SIGHUP)
+        process.wait_for_log("Reloaded the certificate")
+        time.sleep(0.5)  # several rounds of the accept thread
+        assert process.stop() == 0
+        assert process.log.count("Reloaded the certificate") == 1
 
 
 BREAKS_THE_ACCEPT_THREAD = """
