@@ -9,7 +9,7 @@ help:  ## show this
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## */:/' | awk -F: '{printf "  make %-11s %s\n", $$1, $$2}'
 	@echo "Variables: PYTHON=$(PYTHON) PORT=$(PORT)"
 
-run: certs  ## make what is missing, and start the receiver on PORT
+run: certs  ## start the receiver on PORT; first make a certificate if there is none
 	@exec $(PYTHON) receiver.py --port $(PORT)
 
 test: certs $(VENV)/made  ## run all tests, in a virtual environment
@@ -30,14 +30,14 @@ send:  ## post every sample call to the receiver that runs on PORT
 	    -H 'Content-Type: application/json' -d @fixtures/$$call.json -w ' %{http_code}\n' || exit 1; \
 	done
 
-conformance: $(VENV)/made  ## check the endpoint ENDPOINT with the key API_KEY (README.md, Test your own endpoint)
+conformance: $(VENV)/made  ## test the endpoint at the URL ENDPOINT with the key API_KEY; see README.md
 	@$(VENV)/bin/python -m pytest -q -rN --tb=short -p no:cacheprovider -m conformance test_receiver.py
 
 bench:  ## measure calls per second with h2load, without and with storage
 	@command -v h2load >/dev/null || { echo "h2load is missing: install nghttp2-client, it makes the load" >&2; exit 1; }
 	@$(MAKE) -s certs && PYTHON="$(PYTHON)" CERT="$(CERT)" sh -c "$$BENCH"
 
-clean:  ## remove everything that was made, except the stored calls
+clean:  ## remove the virtual environment, the certificate and caches, but no calls or API keys
 	rm -rf $(VENV) $(CERT) $(KEY) __pycache__ .pytest_cache
 
 $(VENV)/made: Makefile

@@ -280,7 +280,7 @@ def parse_path(target: str, endpoint_path: str) -> str:
         return path
     message = f"Path {short_repr(path)} not found; use {short_repr(endpoint_path)}"
     if path.startswith("/v1/"):  # the API to which analytics SDKs post
-        message += ". Analytics SDKs must post to Segment instead"
+        message += ". Analytics SDKs must post to Segment, not to this endpoint"
     raise Refusal(404, message)
 
 
@@ -760,8 +760,9 @@ def parse_call(
     original_timestamp, or else the sent_at, or else the current time; a missing message_id is
     replaced by a random one.
 
-    An invalid field that is in IGNORED_IF_INVALID is left out. Raises Refusal 400, with the name of
-    the field, for the first other invalid field in `raw`, or else for a missing required field.
+    A field that is null counts as missing. An invalid field that is in IGNORED_IF_INVALID is left
+    out. Raises Refusal 400, naming the field, if any other field is invalid, or if a required field
+    is missing; invalid fields are reported first, in the order of `raw`.
     """
     call = Call(raw["type"], raw, customer, settings, size)
     checks = CHECKS_BY_TYPE[call.type]
@@ -2677,7 +2678,8 @@ class Server(ThreadingTCPServer):
     def toggle_maintenance(self) -> None:
         """Start or end maintenance."""
         self.endpoint.maintenance = not self.endpoint.maintenance
-        log.warning("Maintenance is %s", "on" if self.endpoint.maintenance else "off")
+        is_on = self.endpoint.maintenance
+        log.warning("Maintenance is %s", "on: requests are answered with 503" if is_on else "off")
 
     def reload(self) -> None:
         """Have the accept thread read the keys and the certificate again."""
@@ -2899,7 +2901,7 @@ def make_parser(destination: Destination | None) -> Parser:
         "--tls-cert",
         metavar="FILE",
         default=beside_this_file("certs/localhost.pem"),
-        help="certificate and its chain (default: %(default)s)",
+        help="certificate and its chain, read again after SIGHUP (default: %(default)s)",
     )
     add(
         "--tls-key",
@@ -2967,7 +2969,7 @@ def add_command_options(parser: Parser) -> None:
     add(
         "--add-key",
         metavar="CUSTOMER",
-        help="make an API key, add its digest to the --api-keys file, print the key, and exit",
+        help="make an API key, add its digest to --api-keys (required), print the key, and exit",
     )
     add(
         "--calls",
@@ -2979,7 +2981,7 @@ def add_command_options(parser: Parser) -> None:
         "--expires",
         metavar="DATE",
         type=parse_expires_option,
-        help="with --add-key: when the key expires, such as 2027-01-01",
+        help="with --add-key: date or time (UTC) of the key's expiry, such as 2027-01-01",
     )
     add("--version", action="version", version=f"%(prog)s {__version__}")
 
@@ -3044,7 +3046,7 @@ def parse_endpoint_path(text: str) -> str:
     Raises ArgumentTypeError if it cannot be the path of a request, or if it is HEALTH_PATH.
     """
     if not re.fullmatch(r"/[!-~]*", text) or "?" in text or "#" in text:
-        rule = "must be a slash followed by visible ASCII characters other than ? and #"
+        rule = "must begin with a slash, and have only visible ASCII characters except ? and #"
         message = f"{rule}, not {short_repr(text)}"
         raise argparse.ArgumentTypeError(message)
     if text == HEALTH_PATH:
@@ -3187,7 +3189,7 @@ def startup_hint(server: Server) -> str:
         lines.append(f"Calls go to {type(server.endpoint.destination).__name__}.")
     if DEMO_DIGESTS & server.keyring.keys.keys():
         lines.append(f"Warning: {options.api_keys} holds demo keys, which everybody knows.")
-        lines.append("Make your own with --add-key CUSTOMER --api-keys FILE.")
+        lines.append("Make your own with --add-key CUSTOMER --api-keys FILE, and use that FILE.")
     return "\n".join(lines) + "\n\n"
 
 

@@ -4584,7 +4584,8 @@ DEMO = (
 )
 NOT_A_PAIR = "not a certificate and its unencrypted private key in PEM"
 PATH_RULE = (
-    "argument --path: must be a slash followed by visible ASCII characters other than ? and #, not "
+    "argument --path: must begin with a slash, and have only visible ASCII characters except ? and"
+    " #, not "
 )
 NO_CERT = "nowhere.pem: No such file or directory; `make certs` makes a self-signed pair"
 
@@ -4951,7 +4952,7 @@ def shown(value: Any) -> str:
     """A value of conformance.json as the report shows it."""
     if isinstance(value, dict) and "$repeat" in value:
         text, times = value["$repeat"]
-        return f"{json.dumps(text)}, repeated {times} times"
+        return f"{times} times {json.dumps(text)}"
     text = json.dumps(value, ensure_ascii=False)
     text = text.replace("{run}", RUN)
     return text if len(text) <= 70 else text[:69] + "…"
@@ -5751,11 +5752,14 @@ class Report:
 
     selected = 0  # how many checks are to be made
 
-    def pytest_report_collectionfinish(self, items: Sequence[pytest.Item]) -> str:
+    def pytest_report_collectionfinish(self, items: Sequence[pytest.Item]) -> list[str]:
         self.selected = len(items)
         url = target_from(os.environ).url
         ids = f"the user id {RUN}, and message ids that start with it"
-        return f"Sending calls to {url}. Most have {ids}"
+        return [
+            f"Sending calls to {url}. Most have {ids}",
+            "For each check: . kept, F MUST broken, x SHOULD broken, s not checked",
+        ]
 
     def pytest_terminal_summary(
         self, terminalreporter: pytest.TerminalReporter, exitstatus: int
@@ -7127,7 +7131,7 @@ def test_every_test_that_the_readme_names_exists() -> None:
     "text",
     [
         "This port speaks HTTPS; use https://",
-        "Analytics SDKs must post to Segment instead",
+        "Analytics SDKs must post to Segment, not to this endpoint",
         "This endpoint receives calls that Segment forwards",
         "Unknown API key",
         "API token expired",
