@@ -1719,6 +1719,7 @@ def test_close_does_not_wait_forever_for_a_write_that_hangs(
     started = time.monotonic()
     batches.close()
     assert time.monotonic() - started < 3
+    batches.go_on.set()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
