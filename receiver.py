@@ -14,9 +14,9 @@ customers, and forwards each call to your endpoint in an HTTPS request:
     {"type": "track", "user_id": "u1", "event": "Signed Up", "message_id": "m1"}
 
 You have given your customer an API key. The credentials are this key, a colon and an empty
-password, in base64: here, `segment:`. Segment documents the keys of the JSON object in snake_case,
-but also sends other casings. In this file, the sender is whatever program sends these requests; it
-need not be Segment.
+password, encoded in base64; here, they encode `segment:`. Segment documents the keys of the JSON
+object in snake_case, but also sends other casings. In this file, the sender is whatever program
+sends these requests; it need not be Segment.
 
 Segment acts on the status code of the reply, which it expects within about five seconds:
 
@@ -260,8 +260,8 @@ def error_reply(error: Exception) -> Reply:
         refusal = Refusal(error.status, str(error.message), error.headers)
     except Exception:
         return internal_error
-    # If a handler raises the same Refusal again and again, its traceback would grow, and keep the
-    # body of each call in memory.
+    # If a handler raised the same Refusal object again and again, its traceback would otherwise
+    # grow, and keep the body of each call in memory.
     error.__traceback__ = None
     headers = {**STATUS_HEADERS.get(refusal.status, {}), **refusal.headers}
     return Reply(int(refusal.status), {"message": refusal.message}, headers)
@@ -319,8 +319,9 @@ class Key(NamedTuple):
 def find_key(authorization: str, keys: Mapping[str, Key]) -> Key:
     """Return the rights of the API key in an Authorization header.
 
-    Raises Refusal 401 if the header is missing or malformed, or if the API key is unknown, as one
-    that was revoked is. `keys` is indexed by digests, so no API key need be stored anywhere.
+    Raises Refusal 401 if the header is missing or malformed, or if the API key is unknown; a
+    revoked key counts as unknown. `keys` is indexed by digests, so no API key need be stored
+    anywhere.
     """
     key = keys.get(key_digest(authorization))
     if key is None:
@@ -603,8 +604,8 @@ def recognize_fields(raw: dict[str, Any]) -> dict[str, Any]:
 
     This finds the spellings that `snake_keys` leaves, such as `userid`, by ignoring case,
     underscores, hyphens and spaces. If a field occurs in several spellings, the protocol's own name
-    wins, or else the first of the others; a field that is null never wins. The others keep their
-    keys. A field that is renamed moves to the end.
+    wins, or else the first of the others; a field that is null never wins, and is replaced. The
+    others keep their keys. A field that is renamed moves to the end, or to the place of the null.
     """
     other_keys = [key for key in raw if key not in FIELD_CHECKS]
     for key in other_keys:
@@ -625,8 +626,8 @@ def squash(key: str) -> str:
 class CallType(NamedTuple):
     """What one type of call passes to its handler, and which field it must have."""
 
-    # The fields that the handler receives, in this order, followed by the Call itself. Each field
-    # that is listed for any type, except user_id, is ignored in calls of types that do not list it.
+    # The fields that the handler receives, in this order, followed by the Call itself. A field that
+    # only some types list is ignored in calls of the other types.
     arguments: tuple[str, ...]
 
     # A field that must be present and not empty, or "" if there is none. In addition, every call
@@ -699,9 +700,9 @@ def check_permission(key: Key, call_type: str) -> None:
 class Call:
     """One call, made by `parse_call` from the fields that it has checked.
 
-    A field keeps its default if it is missing or null, if it is an id or a time and empty, if this
-    type of call does not use it, or if it is invalid and in IGNORED_IF_INVALID. `parse_call` then
-    fills in the message_id and the timestamp. Times are text in UTC, in the form
+    A field keeps its default if it is missing or null, if it is an empty id or an empty time, if
+    this type of call does not use it, or if it is invalid and in IGNORED_IF_INVALID. `parse_call`
+    then fills in the message_id and the timestamp. Times are text in UTC, in the form
     2026-01-15T09:41:07.250Z; sorting this text sorts the times.
     """
 
@@ -838,9 +839,9 @@ def accept_anything(value: Any) -> Any:
     return value
 
 
-# A date such as 2026-01-15, optionally followed by a time, and the time by a zone. These are the
-# common forms of ISO 8601; a space may replace the T. Without this check, the result would depend
-# on Python's version, because newer versions parse more forms.
+# A date such as 2026-01-15, optionally followed by a time, which may in turn be followed by a zone.
+# These are the common forms of ISO 8601; a space may replace the T. Without this check, the result
+# would depend on Python's version, because newer versions parse more forms.
 ISO_8601 = re.compile(
     r"""
     \d{4}-\d\d-\d\d
@@ -940,9 +941,10 @@ def dispatch(handler: Callable[..., Any], call: Call) -> int:
 # Requests repeat themselves: the same few API keys arrive again and again, and so do the same keys
 # of JSON objects. This section caches what is computed from them. Deleting it would not change any
 # reply. It replaces three functions: `key_digest` and `snake_case` by cached versions, and
-# `snake_keys` by one that skips objects without keys to convert. Then it makes `DECODER` again,
-# which holds the old `snake_keys`; all other functions look the names up when they run. The three
-# have positional-only parameters (`/`), because the new versions take no keyword arguments.
+# `snake_keys` by one that skips objects without keys to convert. Then it makes a new `DECODER`,
+# because the first one holds the old `snake_keys`; all other functions look the names up when they
+# run. The three have positional-only parameters (`/`), because the new versions take no keyword
+# arguments.
 
 MAX_CACHED_LENGTH = 100  # characters; longer texts could fill the memory
 MAX_CACHED_TEXTS = 4096
@@ -1070,9 +1072,9 @@ class GroupCommit(Destination):
 
         A Refusal in place of an outcome refuses that call alone. Raising a Refusal refuses the
         whole batch: raise one with status 503 if the database cannot be reached. After any other
-        exception, the calls of the batch are written again one by one, so that one bad call does
-        not fail the others; a call that fails again is answered with 500. Roll back the transaction
-        before any exception leaves this method.
+        exception, the calls of a batch of several are written again one by one, so that one bad
+        call does not fail the others; a call that fails alone is answered with 500. Roll back the
+        transaction before any exception leaves this method.
         """
         raise NotImplementedError
 
@@ -1261,7 +1263,7 @@ def merged_traits(condition: str) -> str:
             c.rowid as arrival
         from calls as c, json_each(c.call, '$.traits') as trait
         where {condition}
-            and trait.key is not null -- for traits that are null, json_each gives one row
+            and trait.key is not null -- if `traits` is null, json_each gives one row
             -- In fullkey, NUL is written as \\u0000, and each backslash is doubled. Doubled ones
             -- are removed first, so that such a pair before u0000 is not mistaken for NUL.
             and instr(replace(trait.fullkey, '\\\\', ''), '\\u0000') = 0
@@ -1395,8 +1397,8 @@ def call_row(call: Call) -> dict[str, str | None]:
     """Return the row that stores a call: a mapping from column names to values.
 
     For a `delete` call, only the type, the ids and the times are stored. If its timestamp is in the
-    future, the column `timestamp` has the current time instead, because the delete would otherwise
-    also remove calls that are made after it.
+    future, the column `timestamp` has the current time instead, because calls that are made after
+    the delete, but before its timestamp, would otherwise not be stored.
     """
     received_at = utc_now()
     timestamp = call.timestamp
@@ -1447,8 +1449,9 @@ class Store(GroupCommit):
     def write(self, calls: Sequence[Call]) -> Sequence[Outcome | Refusal]:
         """Store these calls in one transaction, and return their outcomes.
 
-        Raises Refusal 503 after an OperationalError, for example if the database is locked, full or
-        read-only, and if its file was deleted or replaced. Other errors of SQLite propagate.
+        Raises Refusal 503 if the file of the database was deleted or replaced, and after any
+        OperationalError, for example if the database is locked, full or read-only. Other errors of
+        SQLite propagate.
         """
         try:
             with self._db:  # commits at the end, or rolls back after an exception
@@ -1713,8 +1716,8 @@ def parse_headers(lines: list[str]) -> dict[str, str]:
     """Return a mapping from lower-case names to values.
 
     Repeated headers are joined (RFC 9110 §5.3), unless they are SINGLETON_HEADERS. Raises Refusal
-    400 if a line is malformed or one of those is repeated, and Refusal 431 if there are too many
-    lines.
+    400 if a line is malformed or one of the SINGLETON_HEADERS is repeated (except a Content-Type
+    with the same value), and Refusal 431 if there are too many lines.
     """
     if len(lines) > MAX_HEADERS:
         raise Refusal(431, f"Request must have at most {MAX_HEADERS} header lines")
@@ -1792,7 +1795,7 @@ parse_head = with_head_cache(parse_head)
 # ---- One connection ------------------------------------------------------------------------------
 
 RECEIVE_SIZE = 16_384  # bytes; a TLS record holds at most this many
-LINGER = 2.0  # seconds, after hanging up, for sending the last reply, and for reading it
+LINGER = 2.0  # seconds for sending the last reply after `hang_up`, and for the client to read it
 PLAIN_HTTP = re.compile(rb"[A-Z]+ ")  # a TLS connection never begins like this
 REASON_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
