@@ -100,8 +100,8 @@ __version__ = "2.0"
 # ==================================================================================================
 # Part 1. The protocol
 #
-# This part decides how each request is answered. It does no I/O of its own: it opens no sockets or
-# files, and starts no threads; the body and the time reach it through functions that it is given.
+# This part decides how each request is answered. It opens no sockets or files, and
+# starts no threads. It is given functions that return the body and the time.
 #
 # To implement the protocol in another language, translate this part, together with `parse_head`
 # from Part 3 and the functions that it calls. Then test the result with the requests in
@@ -1526,9 +1526,7 @@ def open_database(path: str) -> sqlite3.Connection:
         db.execute("pragma journal_mode = wal")
         db.execute("pragma synchronous = full")  # a commit returns once it is on disk
         db.execute("pragma fullfsync = on")  # on macOS, nothing less reaches the disk
-        db.execute(
-            "pragma secure_delete = on"
-        )  # overwrite deleted rows, including those in free pages
+        db.execute("pragma secure_delete = on")  # overwrite deleted rows, even in free pages
         db.execute(f"pragma wal_autocheckpoint = {WAL_PAGES}")
         db.execute(f"pragma journal_size_limit = {WAL_BYTES}")
     except sqlite3.Error:
@@ -2562,8 +2560,8 @@ class Server(ThreadingTCPServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         """Take a connection slot and accept a connection. `close_request` releases the slot.
 
-        Raises BlockingIOError if there is no slot or no connection. `socketserver` ignores that,
-        and tries again in the next round of its loop.
+        Raises BlockingIOError if no slot is free, or if no connection is waiting. `socketserver`
+        ignores that, and tries again in the next round of its loop.
         """
         if not self._take_slot():
             raise BlockingIOError
@@ -2798,7 +2796,7 @@ def serve(destination: Destination | None = None, **options: Any) -> Server:
 
     The options are those of the command line, such as `max_body=1000` for `--max-body 1000`, except
     --add-key, --calls, --expires and --version. Without a destination, calls are stored in the
-    SQLite file that the option `database` names; with one, there is no such option. The server
+    SQLite file that the option `database` names; this option exists only in that case. The server
     closes the destination when it stops.
 
     Requests are logged to standard error, and other messages to the logger `receiver`. If the
@@ -3184,7 +3182,7 @@ def startup_hint(server: Server) -> str:
     sample = sample_call(server.endpoint.destination)
     if sample:
         lines += ["Send a call from another terminal:", f"    {curl_command(server, sample)}"]
-    if hasattr(options, "database"):  # there is no such option with a destination of your own
+    if hasattr(options, "database"):  # it exists only without a destination of your own
         query = "select received_at, type, user_id from calls order by rowid desc limit 9"
         lines.append(f"Calls are stored in {options.database}. Show the latest:")
         lines.append("    " + shlex.join(["sqlite3", options.database, query]))
