@@ -13,10 +13,10 @@ customers, and forwards each call to your endpoint in an HTTPS request:
 
     {"type": "track", "user_id": "u1", "event": "Signed Up", "message_id": "m1"}
 
-You have given your customer an API key. The credentials are this key, a colon and an empty
-password, encoded in base64; here, they encode `segment:`. Segment documents the keys of the JSON
-object in snake_case, but also sends other casings. In this file, the sender is whatever program
-sends these requests; it need not be Segment.
+Each customer who uses your service has an API key that you issued. The credentials in the
+Authorization header are this key, a colon and an empty password, encoded in base64; here, they
+encode `segment:`. Segment documents the keys of the JSON object in snake_case, but also sends other
+casings. In this file, the sender is whatever program sends these requests; it need not be Segment.
 
 Segment acts on the status code of the reply, which it expects within about five seconds:
 
@@ -25,10 +25,9 @@ Segment acts on the status code of the reply, which it expects within about five
     no reply                                   retried for about four hours
     501, 505 and all other 4xx                 dropped for good
 
-202 means that the call is stored, but not yet processed. Use no other status code; in particular,
-Segment does not follow redirects. A reply of 200 or 202 to a call has no body. An error reply may
-have a JSON object as its body. If its Content-Type is application/json, Segment shows the `message`
-in it to the customer:
+202 means that the call is stored, but not yet processed. Do not redirect: Segment does not follow
+redirects. A reply of 200 or 202 to a call has no body. An error reply may have a JSON object as its
+body. If its Content-Type is application/json, Segment shows the `message` in it to the customer:
 
     {"message": "Missing user_id or anonymous_id"}
 
@@ -140,7 +139,7 @@ class Reply(NamedTuple):
     customer: str = ""  # the owner of the API key, once known
     raw: Mapping[str, Any] = {}  # the whole call, once it has been parsed; see Call.raw
     outcome: str = ""  # what the destination did with the call, such as "duplicate"
-    error: Exception | None = None  # the exception behind a 500 that no Refusal asked for
+    error: Exception | None = None  # the unexpected exception that caused a 500, if any
 
 
 class Refusal(Exception):  # noqa: N818 - a normal answer, not an error in the program
@@ -161,7 +160,7 @@ class Refusal(Exception):  # noqa: N818 - a normal answer, not an error in the p
         """Set the status code, the message, and any headers of the reply.
 
         Raises ValueError if the status code is not from 400 to 599, or if a header contains
-        anything but printable ASCII, which would be an opportunity to forge headers.
+        anything but printable ASCII. A line break, for example, could be used to forge headers.
         """
         if not 400 <= status <= 599:
             raise ValueError(f"status must be from 400 to 599, not {status}")
@@ -309,7 +308,10 @@ def check_maintenance(maintenance: bool) -> None:
 
 
 class Key(NamedTuple):
-    """The rights of an API key: whose it is, which types of call it permits, and until when."""
+    """What is known about an API key: whose it is, what it permits, and until when.
+
+    The API key itself is not stored.
+    """
 
     customer: str
     calls: frozenset[str] | None = None  # the types of call that it permits; None permits all
@@ -317,11 +319,10 @@ class Key(NamedTuple):
 
 
 def find_key(authorization: str, keys: Mapping[str, Key]) -> Key:
-    """Return the rights of the API key in an Authorization header.
+    """Return what `keys` says about the API key in an Authorization header.
 
     Raises Refusal 401 if the header is missing or malformed, or if the API key is unknown; a
-    revoked key counts as unknown. `keys` is indexed by digests, so no API key need be stored
-    anywhere.
+    revoked key counts as unknown. `keys` is indexed by digest: see `key_digest`.
     """
     key = keys.get(key_digest(authorization))
     if key is None:
@@ -334,6 +335,9 @@ def key_digest(authorization: str, /) -> str:
 
     The header consists of `Basic` and the credentials: the API key, a colon and an empty password,
     encoded in base64 (RFC 7617 §2). Raises Refusal 401 if it is missing or has any other form.
+
+    Whoever stores only the digests of API keys cannot lose the keys to a thief. These keys are
+    random, so a plain digest is enough; passwords would need a salted one.
     """
     if not authorization:
         raise Refusal(401, "Missing Authorization header")
@@ -376,9 +380,10 @@ def check_expiry(key: Key, now: Clock) -> None:
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 §5.6.2
 
-# application/json (RFC 8259 §11), or a vendor's application/*+json (RFC 6839 §3.1), followed by any
-# parameters. A semicolon without a parameter is allowed (RFC 9110 §5.6.6), and a charset must be
-# UTF-8. The possessive `*+` never backtracks, so a long header cannot keep the matcher busy.
+# application/json (RFC 8259 §11), or a vendor's type such as application/vnd.example+json (RFC 6839
+# §3.1), followed by any parameters. A semicolon without a parameter is allowed (RFC 9110 §5.6.6),
+# and a charset must be UTF-8. The possessive quantifiers, written `*+`, never backtrack, so a long
+# header cannot keep the matcher busy.
 JSON_TYPE = re.compile(
     rf"""
     application/ (?: {TOKEN} \+ )? json
@@ -431,8 +436,8 @@ def parse_body(body: bytes) -> dict[str, Any]:
     """Return the call in a body.
 
     Keys at every depth are converted to snake_case. At the top level, the protocol's fields are
-    recognized regardless of case and separators. Values are not changed. Raises Refusal 400 if
-    `parse_json` does, or if the body is not an object.
+    recognized regardless of case and separators. Values are neither changed nor checked. Raises
+    Refusal 400 if `parse_json` does, or if the body is not an object.
     """
     raw = parse_json(body, "Body")
     if isinstance(raw, list):
@@ -469,9 +474,9 @@ def parse_json(data: bytes, label: str) -> Any:
     value counts. A number without a fraction or exponent is an exact integer; any other number is a
     double.
 
-    Raises Refusal 400, with a message that begins with the label, if the data is not JSON. It also
-    refuses a byte-order mark, numbers that overflow a double, unpaired surrogates, and nesting
-    deeper than MAX_DEPTH.
+    Raises Refusal 400, with a message that begins with the label, if the data is not JSON, or if it
+    contains something that other programs could not store or would misread: a byte-order mark, a
+    number that overflows a double, an unpaired surrogate, or nesting deeper than MAX_DEPTH.
     """
     try:
         text = data.decode()
@@ -483,7 +488,7 @@ def parse_json(data: bytes, label: str) -> Any:
         raise Refusal(400, f"{label} must not begin with a byte-order mark")
     # Counting brackets is quick, and spares nearly every body the exact check.
     if text.count("[") + text.count("{") > MAX_DEPTH and nesting_depth(text) > MAX_DEPTH:
-        raise Refusal(400, f"{label} must be nested at most {MAX_DEPTH} levels deep")
+        raise Refusal(400, f"{label} must not be nested more than {MAX_DEPTH} levels deep")
     try:
         value = DECODER.decode(text)
         if "\\" in text:  # only an escape can produce a surrogate
@@ -493,13 +498,14 @@ def parse_json(data: bytes, label: str) -> Any:
         position = error.pos + 1
         raise Refusal(400, f"{label} must be JSON: syntax error at character {position}") from None
     except ValueError as error:  # from one of the functions below
-        raise Refusal(400, f"{label} must be JSON: {error}") from None
+        raise Refusal(400, f"{label} must not contain {error}") from None
     return value
 
 
-# Matches text without structural brackets: either a whole string (even an unterminated one), whose
-# brackets do not count, or a run of other characters. The possessive quantifiers never backtrack,
-# so the time is linear in the length of any text.
+# Matches everything but the brackets that nest arrays and objects: either a string, with any
+# brackets in it (the closing quotation mark may be missing), or a run of characters other than
+# brackets and quotation marks. The possessive quantifiers never backtrack, so the time is linear in
+# the length of any text.
 NOT_A_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[^\[\]{}"]++', re.DOTALL)
 
 
@@ -522,14 +528,14 @@ def check_surrogates(value: Any) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ValueError("unpaired surrogate") from None
+        raise ValueError("an unpaired surrogate") from None
 
 
 def parse_double(text: str) -> float:
     """Return a number as a double. Raises ValueError if it overflows."""
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"{short_repr(text)} is out of range")
+        raise ValueError(f"a number that is out of range: {text[:20]}")
     return value
 
 
@@ -545,7 +551,7 @@ def parse_integer(text: str) -> int:
 
 def refuse_constant(text: str) -> NoReturn:
     """Raise ValueError for NaN and Infinity, which Python's parser accepts."""
-    raise ValueError(f"{text} is not allowed")
+    raise ValueError(text)
 
 
 def snake_keys(members: dict[str, Any], /) -> dict[str, Any]:
@@ -575,11 +581,11 @@ def snake_case(key: str, /) -> str:
     result = ""
     # Each character with its neighbors; zip stops at the end of the key.
     for before, char, after in zip(" " + key, key, key[1:] + " ", strict=False):
-        follows_word = before.islower() or before.isdigit()
-        ends_capitals = before.isupper() and after.islower()
+        follows_lower_or_digit = before.islower() or before.isdigit()
+        is_between_upper_and_lower = before.isupper() and after.islower()
         if char in " -":
             result += "_"
-        elif char.isupper() and (follows_word or ends_capitals):
+        elif char.isupper() and (follows_lower_or_digit or is_between_upper_and_lower):
             result += "_" + char
         else:
             result += char
@@ -603,9 +609,10 @@ def recognize_fields(raw: dict[str, Any]) -> dict[str, Any]:
     """Rename the fields of a call to the protocol's names, in place, and return the call.
 
     This finds the spellings that `snake_keys` leaves, such as `userid`, by ignoring case,
-    underscores, hyphens and spaces. If a field occurs in several spellings, the protocol's own name
-    wins, or else the first of the others; a field that is null never wins, and is replaced. The
-    others keep their keys. A field that is renamed moves to the end, or to the place of the null.
+    underscores, hyphens and spaces. If a field occurs in several spellings, only one of them gets
+    the protocol's name: the one that already has it, or else the first. The rest keep their keys.
+    But a value of null does not count, so another spelling may replace it. A field that is renamed
+    moves to the end, or takes the place of the null.
     """
     other_keys = [key for key in raw if key not in FIELD_CHECKS]
     for key in other_keys:
@@ -652,9 +659,10 @@ class Destination:
 
     A subclass supports each type of call for which it defines a method. The method is called with
     the arguments in CALL_TYPES and then the Call itself, for example
-    `identify(user_id, traits, call)`; the user_id is None for an anonymous visitor. To acknowledge
-    the call, it returns None or 200 for status 200, or 202 (HTTPStatus.ACCEPTED) for 202. To refuse
-    the call, it raises Refusal. Any other result or exception is logged, and answered with 500.
+    `identify(user_id, traits, call)`; the user_id is None for an anonymous visitor. By returning
+    None or 200, the method acknowledges the call with 200; by returning 202 (HTTPStatus.ACCEPTED),
+    with 202. It refuses the call by raising Refusal. Any other result or exception is logged, and
+    answered with 500.
 
     Methods run in several threads at once; guard shared state.
     """
@@ -692,18 +700,19 @@ def check_permission(key: Key, call_type: str) -> None:
 
 # ---- Rung 10: the fields -------------------------------------------------------------------------
 #
-# A 400 loses the call for good. So an invalid field is a reason to refuse the call only if, without
-# the field, the call could not be understood or would be misunderstood. Any other invalid field is
-# ignored, and stays in `raw`.
+# A 400 loses the call for good. So an invalid field is refused only if the call could not be
+# understood without it, or could be misunderstood. The fields in IGNORED_IF_INVALID are not so
+# important: if one of them is invalid, it is ignored, and stays in `raw`. A field that the type of
+# call does not use is always ignored.
 
 
 class Call:
     """One call, made by `parse_call` from the fields that it has checked.
 
     A field keeps its default if it is missing or null, if it is an empty id or an empty time, if
-    this type of call does not use it, or if it is invalid and in IGNORED_IF_INVALID. `parse_call`
-    then fills in the message_id and the timestamp. Times are text in UTC, in the form
-    2026-01-15T09:41:07.250Z; sorting this text sorts the times.
+    this type of call does not use it, or if it is invalid and in IGNORED_IF_INVALID. But the
+    message_id and the timestamp are never empty, because `parse_call` fills them in. Times are text
+    in UTC, in the form 2026-01-15T09:41:07.250Z; sorting this text sorts the times.
     """
 
     # Not a dataclass, because setting only those fields that are present takes less time.
@@ -763,7 +772,7 @@ def parse_call(
 
     A field that is null counts as missing. An invalid field that is in IGNORED_IF_INVALID is left
     out. Raises Refusal 400, naming the field, if any other field is invalid, or if a required field
-    is missing; invalid fields are reported first, in the order of `raw`.
+    is missing. It names only one field: the first in `raw` that is invalid, or else a missing one.
     """
     call = Call(raw["type"], raw, customer, settings, size)
     checks = CHECKS_BY_TYPE[call.type]
@@ -821,7 +830,7 @@ def check_string(value: Any) -> str:
 
 
 def check_object(value: Any) -> dict[str, Any]:
-    """Return an object. PHP encodes an empty associative array as [], so that is an object, too."""
+    """Return an object. An empty array counts as {}, because PHP encodes an empty object as []."""
     if isinstance(value, dict):
         return value
     if value == []:
@@ -871,7 +880,7 @@ def parse_time(value: Any) -> str:
     if not has_final_form and not ISO_8601.fullmatch(value):
         raise ValueError(message)
     try:
-        moment = datetime.fromisoformat(value.upper())
+        moment = datetime.fromisoformat(value.upper())  # refuses dates such as 2026-02-30
         if has_final_form:
             return value
         if moment.tzinfo is not None:
@@ -938,13 +947,14 @@ def dispatch(handler: Callable[..., Any], call: Call) -> int:
 
 # ---- Speed ---------------------------------------------------------------------------------------
 #
-# Requests repeat themselves: the same few API keys arrive again and again, and so do the same keys
-# of JSON objects. This section caches what is computed from them. Deleting it would not change any
-# reply. It replaces three functions: `key_digest` and `snake_case` by cached versions, and
-# `snake_keys` by one that skips objects without keys to convert. Then it makes a new `DECODER`,
-# because the first one holds the old `snake_keys`; all other functions look the names up when they
-# run. The three have positional-only parameters (`/`), because the new versions take no keyword
-# arguments.
+# Most requests use the same few API keys, and their objects use the same few hundred keys. This
+# section caches what is computed from both. Deleting it would not change any reply.
+#
+# It replaces `key_digest` and `snake_case` with cached versions, and `snake_keys` with a version
+# that returns an object as it is if none of its keys needs converting. Then it makes a new
+# `DECODER`, because the first one holds the old `snake_keys`; all other functions look the names up
+# when they run. The three have positional-only parameters (`/`), because the new versions take no
+# keyword arguments.
 
 MAX_CACHED_LENGTH = 100  # characters; longer texts could fill the memory
 MAX_CACHED_TEXTS = 4096
@@ -954,8 +964,8 @@ class ShortTextCache(dict[str, str]):
     """A cache of a function's results for short texts, which is emptied when it is full.
 
     Unlike `functools.lru_cache`, it leaves out long texts. Threads may use it at the same time: at
-    worst, a result is computed twice. The cache of `key_digest` keeps Authorization headers, and so
-    API keys, in memory, but nowhere else.
+    worst, a result is computed twice. The cache of `key_digest` holds Authorization headers, and
+    with them API keys, but only in memory; they are never written to a file.
     """
 
     def __init__(self, function: Callable[[str], str]) -> None:
@@ -976,12 +986,12 @@ key_digest = ShortTextCache(key_digest).__getitem__
 snake_case = ShortTextCache(snake_case).__getitem__
 
 
-def skip_known_keys(
+def with_known_keys(
     convert: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return a version of `convert` that remembers keys which need no conversion.
+    """Return a version of `snake_keys`, given as `convert`, that remembers keys in snake_case.
 
-    It returns an object unchanged if all its keys are known to be in snake_case.
+    If all keys of an object are known to be in snake_case, it returns the object as it is.
     """
     known: set[str] = set()
 
@@ -998,7 +1008,7 @@ def skip_known_keys(
     return convert_unless_known
 
 
-snake_keys = skip_known_keys(snake_keys)
+snake_keys = with_known_keys(snake_keys)
 DECODER = make_decoder(snake_keys)
 
 
@@ -1018,10 +1028,10 @@ MAX_WAITING_BYTES = 16_000_000
 
 
 class ConfigurationError(ValueError):
-    """An option, a file that it names, or SQLite cannot be used. The message is one line."""
+    """Raised if an option or a file cannot be used, or if SQLite is too old."""
 
     def __init__(self, message: str) -> None:
-        """Set the message, with anything that is not printable replaced by spaces."""
+        """Set the message: one line, with anything that is not printable replaced by spaces."""
         super().__init__("".join(c if c.isprintable() else " " for c in message))
 
 
@@ -1029,8 +1039,8 @@ class Outcome(StrEnum):
     """What a GroupCommit did with a call. In every case, the call is acknowledged with 200."""
 
     stored = "stored"
-    duplicate = "duplicate"  # the customer sent a call with the same message_id before
-    forgotten = "forgotten"  # its user was deleted at or after the time of the call
+    duplicate = "duplicate"  # not stored again: the customer has sent this message_id before
+    forgotten = "forgotten"  # not stored: its user was deleted at or after the time of the call
 
 
 class QueuedCall(NamedTuple):
@@ -1049,10 +1059,11 @@ class GroupCommit(Destination):
     batches.
 
     A subclass implements `write`, and may implement `open` and `shut`; the writer calls all three.
-    If it has a constructor, that must call `super().__init__()`. It should connect to its database
-    in `open` and not in the constructor, so that the receiver starts even if the database is down.
+    A constructor of the subclass must call `super().__init__()`. It should leave connecting to the
+    database to `open`, so that the receiver starts even if the database is down.
 
-    It supports identify, track, page, group and delete. To support another type, add its method:
+    GroupCommit supports identify, track, page, group and delete. To support another type, add a
+    method for it:
 
         def screen(self, user_id, name, properties, call):
             self.submit(call)
@@ -1072,22 +1083,22 @@ class GroupCommit(Destination):
 
         A Refusal in place of an outcome refuses that call alone. Raising a Refusal refuses the
         whole batch: raise one with status 503 if the database cannot be reached. After any other
-        exception, the calls of a batch of several are written again one by one, so that one bad
-        call does not fail the others; a call that fails alone is answered with 500. Roll back the
-        transaction before any exception leaves this method.
+        exception, this method is called again for each call of the batch by itself, so that one bad
+        call does not fail the others; a call that fails by itself is answered with 500. Roll back
+        the transaction before any exception leaves this method.
         """
         raise NotImplementedError
 
     def open(self) -> None:
         """Connect to the database, before the first `write`.
 
-        If it raises a Refusal, the batch is refused with that; after any other exception, it is
-        refused with 503. In both cases, the next batch tries again. Once this has succeeded it is
-        not called again, so `write` must reconnect if the connection is lost.
+        If this raises a Refusal, the waiting calls are refused with it; after any other exception,
+        they are refused with 503. Either way, the next batch tries again. Once this has succeeded,
+        it is not called again, so `write` must reconnect if the connection is lost.
         """
 
     def shut(self) -> None:
-        """Disconnect from the database, after the last `write`."""
+        """Disconnect from the database, after the last `write`. Called by the writer."""
 
     def submit(self, call: Call) -> None:
         """Hand a call to the writer, wait until it is stored, and set `call.outcome`.
@@ -1115,7 +1126,7 @@ class GroupCommit(Destination):
         """Add a call to the queue. The first one starts the writer.
 
         Raises Refusal 503 if the queue is full, if the destination has been closed, or if the
-        writer has failed.
+        writer has failed or cannot be started.
         """
         with self._changed:
             if self._closing:
@@ -1154,7 +1165,7 @@ class GroupCommit(Destination):
     def _run(self) -> None:
         """Run the writer: write batches until `close` is called and no calls wait; then disconnect.
 
-        Sets `failed` if an exception ends the writer earlier.
+        Sets `failed` if the writer ends before `close` is called.
         """
         try:
             while self._write_next_batch():
@@ -1162,15 +1173,15 @@ class GroupCommit(Destination):
             if self._is_open:
                 self.shut()
         except Exception:
-            log.exception("The writer has failed")
+            log.exception("The writer has ended with an error")
         finally:
             self.failed = not self._closing
 
     def _write_next_batch(self) -> bool:
         """Wait for calls, and write those whose time has not run out.
 
-        Returns False if `close` has been called and no calls wait. This is a separate method so
-        that its variables, and with them the batch, are freed before the writer waits again.
+        Returns False if there are none, because `close` has been called. This is a separate method
+        so that its variables, and with them the batch, are freed before the writer waits again.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closing)
@@ -1181,7 +1192,7 @@ class GroupCommit(Destination):
         if batch:
             for queued, result in zip(batch, self._write_batch(batch), strict=True):
                 queued.result_queue.put(result)
-        return bool(all_queued) or not self._closing
+        return bool(all_queued)
 
     def _write_batch(self, batch: list[QueuedCall]) -> Sequence[Outcome | Exception]:
         """Write a batch, and return the result of each call, which may be an exception."""
@@ -1191,6 +1202,7 @@ class GroupCommit(Destination):
         try:
             outcomes = list(self.write([queued.call for queued in batch]))
         except Refusal as error:
+            # `write` may raise the same Refusal again: see `error_reply`.
             return [error.with_traceback(None)] * len(batch)
         except Exception as error:
             return [error] if len(batch) == 1 else self._write_one_by_one(batch)
@@ -1214,7 +1226,7 @@ class GroupCommit(Destination):
         try:
             self.open()
         except Refusal as refusal:
-            return refusal
+            return refusal.with_traceback(None)
         except Exception:
             log.exception("The destination could not be opened")
             return Refusal(503, "The call cannot be stored at the moment")
@@ -1235,22 +1247,23 @@ GROUP_ID = """case json_type(call, '$.group_id')
 
 
 def merged_traits(condition: str) -> str:
-    """Return SQL for the merged traits of a user or an account, as one JSON object.
+    """Return SQL for the merged traits of a user or an account (a group), as one JSON object.
 
     Each trait takes its value, which may be null, from the newest call that contains it; of equally
-    new calls, the one received last counts. The condition selects the calls of one user or account:
-    in it, `c` is a call, and `owner` is the row of the surrounding query.
+    new calls, the one received last counts. A trait whose name contains NUL is left out, because
+    SQLite would truncate the name.
 
-    `->` gives the JSON of a trait exactly as it was stored, but finds nothing if the name contains
-    a quotation mark. In that case, `coalesce` falls back to the value from json_each, which may
-    round a number, or truncate a string at NUL. A trait whose name contains NUL is left out,
-    because SQLite would truncate the name. Without `materialized`, SQLite would sort a copy of the
-    whole call for each trait.
+    The condition selects the calls of one user or account: in it, `c` is a call, and `owner` is the
+    row of the surrounding query.
     """
-    return f"""(
+    return rf"""(
+    -- Without `materialized`, SQLite would sort a copy of the whole call for each trait.
     with trait_values as materialized (
         select
             trait.key as name,
+            -- `->` gives the JSON of a trait exactly as it was stored, but finds nothing if the
+            -- name contains a quotation mark. Then the value from json_each is used, although it
+            -- may have a rounded number, or a string that is cut at NUL.
             coalesce(
                 c.call -> trait.fullkey,
                 case
@@ -1263,10 +1276,10 @@ def merged_traits(condition: str) -> str:
             c.rowid as arrival
         from calls as c, json_each(c.call, '$.traits') as trait
         where {condition}
-            and trait.key is not null -- if `traits` is null, json_each gives one row
-            -- In fullkey, NUL is written as \\u0000, and each backslash is doubled. Doubled ones
-            -- are removed first, so that such a pair before u0000 is not mistaken for NUL.
-            and instr(replace(trait.fullkey, '\\\\', ''), '\\u0000') = 0
+            and trait.key is not null -- if `traits` is null, json_each gives a row without a key
+            -- fullkey has \u0000 for NUL, and \\ for a backslash. Each \\ is removed first, because
+            -- a backslash before the text u0000 would otherwise look like NUL.
+            and instr(replace(trait.fullkey, '\\', ''), '\u0000') = 0
     )
     select json_group_object(name, json(value)) from (
         select name, value, row_number() over (
@@ -1286,7 +1299,7 @@ ACCOUNT_TRAITS = merged_traits(
 
 
 def object_column(name: str) -> str:
-    """Return SQL for a field that is an object: {} if it is missing, or has another type."""
+    """Return SQL for a column with the value of a field, or {} if that is not an object."""
     return f"""case json_type(call, '$.{name}')
         when 'object' then call -> '$.{name}'
         else '{{}}'
@@ -1339,7 +1352,8 @@ create view accounts as
     from groups as owner
     group by group_id, customer;
 
--- Segment lists a destination publicly once it has 10 customers or more than 20 million calls.
+-- Segment lists a destination publicly once it has at least 10 customers, or has received more than
+-- 20 million calls.
 create view private_beta as
     select count(distinct customer) as customers, count(*) as events,
         count(distinct customer) >= 10 or count(*) > 20000000 as fulfilled
@@ -1423,9 +1437,9 @@ class Store(GroupCommit):
     """The default destination: calls become rows in an SQLite database.
 
     A row is synced to disk before its call is acknowledged. A duplicate is acknowledged, but not
-    stored. A delete removes the user's calls up to its own timestamp, or up to the current time if
-    that is earlier. If a call from before that time arrives after the delete, it is acknowledged,
-    but not stored.
+    stored. A delete removes the user's calls up to and including its own timestamp, or the current
+    time if that is earlier. Such a call that arrives after the delete is acknowledged, but not
+    stored.
     """
 
     def __init__(self, path: str | os.PathLike[str] = "calls.db") -> None:
@@ -1449,9 +1463,9 @@ class Store(GroupCommit):
     def write(self, calls: Sequence[Call]) -> Sequence[Outcome | Refusal]:
         """Store these calls in one transaction, and return their outcomes.
 
-        Raises Refusal 503 if the file of the database was deleted or replaced, and after any
-        OperationalError, for example if the database is locked, full or read-only. Other errors of
-        SQLite propagate.
+        Raises Refusal 503 if the database file has been deleted or replaced, and after any
+        OperationalError, for example if the database is locked, full or read-only. Other SQLite
+        errors propagate.
         """
         try:
             with self._db:  # commits at the end, or rolls back after an exception
@@ -1516,7 +1530,7 @@ def open_database(path: str) -> sqlite3.Connection:
     )
     try:
         # Create the schema before switching to WAL mode. In WAL mode, it would be only in the WAL
-        # at first, and after a crash, the header of the file would not identify this program.
+        # at first, and after a crash, the file's header would not identify this program.
         with db:
             db.execute("begin immediate")  # if another receiver is doing the same, wait for it
             schema_version = db.execute("pragma user_version").fetchone()[0]
@@ -1538,8 +1552,8 @@ def open_database(path: str) -> sqlite3.Connection:
 def check_database_file(path: str) -> None:
     """Raise ConfigurationError unless the path can be used for a database of calls.
 
-    Two kinds of path can be used: that of a database of calls with the current schema, and that of
-    a missing or empty file, if no WAL lies beside it. This reads the header of the file directly,
+    The path may name a database of calls with the current schema. It may also name a file that is
+    missing or empty, unless there is a WAL beside it. This reads the file's header directly,
     because merely opening a file with SQLite can change it. Raises OSError if the file cannot be
     read.
     """
@@ -1619,31 +1633,39 @@ def check_regular_file(path: str) -> None:
 
 
 @lru_cache(maxsize=1)
-def utc_second(second: int) -> str:
-    """Format a Unix time as 2026-01-15T09:41:07. Cached, because many log lines share a second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+def format_utc(unix_time: int) -> str:
+    """Return a time as 2026-01-15T09:41:07. Cached, because many log lines share a second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(unix_time))
 
 
 def utc_now() -> str:
     """Return the current time in UTC, as 2026-01-15T09:41:07.250Z."""
     milliseconds = time.time_ns() // 1_000_000
-    return f"{utc_second(milliseconds // 1000)}.{milliseconds % 1000:03d}Z"
+    return f"{format_utc(milliseconds // 1000)}.{milliseconds % 1000:03d}Z"
 
 
 # ==================================================================================================
 # Part 3. The server
 #
 # HTTP/1.1 and 1.0 over TLS, built on `socketserver` and `ssl`, with one thread per connection.
-# Sockets block, which is simple and fast. Instead of a timeout for each read, every connection has
-# a deadline. Once it has passed, the accept thread hangs up, even if bytes are still trickling in.
+# The sockets of connections block, which is simple and fast. Instead of a timeout for each read,
+# every connection has a deadline. Once it has passed, the accept thread hangs up, even if bytes are
+# still trickling in.
 # ==================================================================================================
+
+# The errno values for a shortage of resources, in this process or in the system. It may be
+# temporary, so it is always worth trying again.
+OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 # ---- Rung 1: the head of a request ---------------------------------------------------------------
 #
+# The first rung of the ladder; see `answer`.
+#
 # If two programs disagree about where a request ends, one request can be smuggled inside another.
-# Python's own parser, in `http.server`, accepts much that others read differently. So this section
-# implements the grammar of RFC 9112 strictly; a request that does not match it is refused, and its
-# connection closed.
+# Python's own parser, in `http.server`, accepts requests that other parsers read differently. So
+# this section follows RFC 9112 strictly in everything that decides where a request ends. It refuses
+# whatever does not conform, and the connection closes. It does not check what no decision depends
+# on, such as the value of the Host header.
 
 MAX_TARGET = 8192  # bytes
 MAX_HEAD = 65_536  # bytes
@@ -1683,7 +1705,7 @@ def parse_head(head: str, /) -> Head:
     method, target, major, minor = parts.groups()
     if len(target) > MAX_TARGET:
         raise Refusal(414, f"Request target must be at most {MAX_TARGET} bytes long")
-    if major != "1":  # every version 1.x is compatible with 1.1 (RFC 9110 §2.5)
+    if major != "1":  # if there ever is an HTTP/1.2, it is compatible with 1.1 (RFC 9110 §2.5)
         raise Refusal(505, "HTTP version must be 1.1 or 1.0")
 
     headers = parse_headers(header_lines)
@@ -1691,7 +1713,7 @@ def parse_head(head: str, /) -> Head:
     if "host" not in headers and not is_http_1_0:
         raise Refusal(400, "Missing Host header")
     length = parse_length(headers.pop("content-length", None))
-    has_transfer_coding = "transfer-encoding" in headers  # alone, it leads to 411 on rung 6
+    has_transfer_coding = "transfer-encoding" in headers  # without a length: 411, on rung 6
     if length is not None and has_transfer_coding:  # the classic way to smuggle a request
         raise Refusal(400, "Transfer-Encoding and Content-Length must not be combined")
 
@@ -1739,8 +1761,8 @@ def parse_headers(lines: list[str]) -> dict[str, str]:
 def parse_length(text: str | None) -> int | None:
     """Return a Content-Length in bytes (RFC 9110 §8.6), or None if the header is missing.
 
-    A number of more than 19 digits is cut to 19, which is still beyond any limit. Raises Refusal
-    400 if the text does not consist of digits.
+    Leading zeros do not count. Of a longer number, only the first 19 digits are used; even these
+    exceed every limit. Raises Refusal 400 if the text does not consist of digits.
     """
     if text is None:
         return None
@@ -1777,8 +1799,8 @@ def with_head_cache(parse: Callable[[str], Head]) -> Callable[[str], Head]:
     def parse_cached(head: str, /) -> Head:
         before, name, after = head.partition("\r\nContent-Length: ")
         digits, line_end, rest = after.partition("\r\n")
-        # A long head would take too much memory. And without a short, plain number after this
-        # spelling of the header's name, there is nothing that could be replaced by 0.
+        # Cache only a head that is short, to limit the memory, and that has the Content-Length in
+        # the usual form, with at most nine digits.
         if len(head) > 2000 or len(digits) > 9 or not (digits.isascii() and digits.isdigit()):
             return parse(head)
         cached = cached_parse(f"{before}{name}0{line_end}{rest}")
@@ -1793,7 +1815,7 @@ parse_head = with_head_cache(parse_head)
 # ---- One connection ------------------------------------------------------------------------------
 
 RECEIVE_SIZE = 16_384  # bytes; a TLS record holds at most this many
-LINGER = 2.0  # seconds for sending the last reply after `hang_up`, and for the client to read it
+LINGER = 2.0  # seconds for a last reply after `hang_up`; also, separately, for `drain`
 PLAIN_HTTP = re.compile(rb"[A-Z]+ ")  # a TLS connection never begins like this
 REASON_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
@@ -1806,6 +1828,9 @@ def http_date(second: int) -> str:
 
 class Connection(BaseRequestHandler):
     """One connection, from the TLS handshake to the last reply, handled in a separate thread.
+
+    `socketserver` calls `setup`, `handle` and `finish`, in this order. By `request`, it means the
+    socket of the connection.
 
     Other threads use the attributes that are marked as shared; see the table in the section "All
     connections". Once the deadline of a connection has passed, the accept thread hangs up on it:
@@ -1927,8 +1952,8 @@ class Connection(BaseRequestHandler):
         return answer(request, self.server.endpoint, utc_now)
 
     def must_close(self, reply: Reply) -> bool:
-        """Return whether the connection must close after this reply, whatever the head has said."""
-        end_is_unknown = reply.status == 411  # nothing tells where the body ends
+        """Return whether the connection must close after this reply, whatever the head says."""
+        end_is_unknown = reply.status == 411  # nothing says where the body ends
         # A client that waits for "100 Continue" may send the body after all, or the next request.
         next_bytes_are_unknown = self.expects_continue and self.body_left > 0
         too_long_to_discard = self.body_left > self.server.options.max_body
@@ -1953,14 +1978,13 @@ class Connection(BaseRequestHandler):
     def read_head(self) -> str:
         """Return the head of a request.
 
-        While it is incomplete, it is checked by `check_partial_head`; once it is complete,
-        `parse_head` will check it. Raises Refusal if that first check fails, if the head is too
-        long, or if it does not arrive.
+        Until it is complete, what has arrived is checked by `check_partial_head`. Raises Refusal if
+        this check fails, if the head is too long, or if it does not arrive.
         """
         resume_at = 0  # where the search for the end of the head resumes
         while (end := self.buffer.find(b"\r\n\r\n", resume_at)) < 0:
             check_partial_head(self.buffer, resume_at)
-            resume_at = max(0, len(self.buffer) - 3)  # a part of the end may have arrived
+            resume_at = max(0, len(self.buffer) - 3)  # the last bytes may begin CR LF CR LF
             self.receive("Request head")
         if end > MAX_HEAD:
             raise Refusal(431, f"Request head must be at most {MAX_HEAD} bytes long")
@@ -2039,7 +2063,7 @@ class Connection(BaseRequestHandler):
 
         Closing with unread input sends a reset, which could destroy the reply before the client has
         read it. So shut down the sending side, and read until the client closes, too. This takes at
-        most twice as long as LINGER.
+        most twice as long as LINGER, because the last read may begin just before the time is up.
         """
         end = time.monotonic() + LINGER
         self.deadline = math.inf  # this method ends by itself
@@ -2057,23 +2081,25 @@ class Connection(BaseRequestHandler):
     def is_interruptible(self) -> bool:
         """Return whether the server may hang up at once. Called by other threads.
 
-        It may while the connection waits for another request. It may also do so until the first
-        head is complete, because that client can simply connect again.
+        It may do so while the connection waits for another request, or until its first head is
+        complete. In both cases, the client can simply connect again.
         """
         return self.idle_since is not None or not self.has_received_head
 
     def set_deadline(self, seconds: float) -> None:
-        """Set the deadline to this many seconds from now; after `hang_up`, to LINGER seconds."""
+        """Set the deadline to this many seconds from now, or LINGER if the server has hung up."""
         self.deadline = time.monotonic() + seconds
-        if self.hung_up:  # checked last, because another thread may call `hang_up` in between
+        # Checked after the assignment, which may just have replaced the deadline set by `hang_up`.
+        if self.hung_up:
             self.deadline = time.monotonic() + LINGER
 
     def hang_up(self) -> None:
         """Make the thread of this connection end. Called by other threads.
 
-        Shutting down reading wakes up that thread, which then has LINGER seconds for a last reply.
-        If it takes longer, the accept thread calls this again, which shuts down writing, too. This
-        uses the plain socket, because two threads must not use the TLS object at the same time.
+        The first call shuts down reading, which wakes up the thread. It then has LINGER seconds for
+        a last reply. If it takes longer, the accept thread, unless it has ended, makes a second
+        call, which shuts down writing, too. Both use the plain socket, because two threads must not
+        use the TLS object at the same time.
         """
         how = socket.SHUT_RDWR if self.hung_up else socket.SHUT_RD
         self.hung_up = True
@@ -2123,11 +2149,6 @@ DEMO_KEYS = ["segment", "segment-expired", "segment-identify-only"]
 DEMO_DIGESTS = {hashlib.sha256(api_key.encode()).hexdigest() for api_key in DEMO_KEYS}
 
 
-# The errno values for running out of resources, in this process or in the system. Such a shortage
-# is often temporary.
-OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-
-
 class Keyring:
     """The rights of the API keys in a keys file. `refresh` reads the file again if it changed."""
 
@@ -2147,7 +2168,7 @@ class Keyring:
         """Read the file again if it has changed, or if `force` is true.
 
         If it cannot be used, log the reason, and keep the current keys. It is then not read again
-        until it changes, unless the reason is that this process has run out of resources.
+        until it changes, unless the reason is a shortage of resources.
         """
         stamp = file_stamp(self.path)
         if stamp == self._stamp and not force:
@@ -2158,16 +2179,17 @@ class Keyring:
         except ConfigurationError as error:
             log.error("Keeping the previous keys: %s", error)
             if isinstance(error.__cause__, OSError) and error.__cause__.errno in OUT_OF_RESOURCES:
-                self._stamp = ()  # unlike that of any file, so that the next call tries again
+                self._stamp = ()  # no readable file has this stamp, so the next call tries again
         else:
-            log.warning("Reloaded %d keys from %s", len(self.keys), self.path)
+            log.warning("Reloaded %s (keys: %d)", self.path, len(self.keys))
 
     def _read(self) -> dict[str, Key]:
         """Return the keys in the file, or raise ConfigurationError: see `__init__`."""
         _, keys = read_keys_file(self.path)
-        if DEMO_DIGESTS & keys.keys() and not self.allow_demo_keys:
+        has_demo_key = not DEMO_DIGESTS.isdisjoint(keys)
+        if has_demo_key and not self.allow_demo_keys:
             raise ConfigurationError(
-                f"{self.path} holds a demo key, which everybody knows, so --bind must be a loopback"
+                f"{self.path} contains a demo key, which is public, so --bind must be a loopback"
                 " address; make your own keys with --add-key CUSTOMER --api-keys FILE"
             )
         return keys
@@ -2193,7 +2215,8 @@ def read_keys_file(path: str) -> tuple[list[Any], dict[str, Key]]:
     except ConfigurationError:  # it is a ValueError, too, but already names the file
         raise
     except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}") from error  # for Keyring.refresh
+        # Keyring.refresh examines the cause.
+        raise ConfigurationError(f"{path}: {error.strerror}") from error
     except ValueError as error:
         raise ConfigurationError(f"{path}: {error}") from None
 
@@ -2348,18 +2371,19 @@ class LogBuffer(logging.Handler):
             self._length = 0
             self._dropped = 0
 
-        unwritten = self._send(lines)
+        unwritten = self._write_to_stream(lines)
         dropped += unwritten.count(b"\n")
         if not dropped:
             return
         if not unwritten:
-            notice = f"{utc_now()} {dropped} log lines were dropped\n"
-            if not self._send(notice):
+            notice = f"{utc_now()} Log lines dropped: {dropped}\n"
+            unwritten = self._write_to_stream(notice)
+            if not unwritten:
                 return
         with self._guard:
             self._dropped += dropped  # for a later notice
 
-    def _send(self, text: str) -> bytes:
+    def _write_to_stream(self, text: str) -> bytes:
         """Write text to standard error, and return what could not be written.
 
         If there is no standard error, discard the text.
@@ -2372,10 +2396,11 @@ class LogBuffer(logging.Handler):
                 return data
             if written is not None:
                 data = data[written:]
-            elif self._closing.is_set():  # a non-blocking stream that is full at the moment
+                continue
+            # The stream is non-blocking, and full at the moment.
+            if self._closing.is_set():
                 return data
-            else:
-                time.sleep(LOG_INTERVAL)
+            time.sleep(LOG_INTERVAL)
         return b""
 
 
@@ -2383,11 +2408,11 @@ def log_entry(reply: Reply, seconds: float, verbose: bool) -> str:
     """Return the log entry for a request, without the time.
 
     The first line has the status, the type, the customer, the user, the event or name, the outcome
-    (unless it is `stored`), the duration, and the message of an error. After an internal error, the
-    traceback follows. With `verbose`, the call follows in any case. Both are indented. Everything
-    from outside is escaped, so that it cannot forge lines.
+    (unless it is `stored`), the duration, and the message of an error. The lines after it are
+    indented: the traceback of an internal error, and with `verbose` the call, if its body could be
+    parsed. Everything from outside is escaped, so that it cannot forge lines.
     """
-    raw = reply.raw
+    raw = reply.raw  # has its keys in snake_case, but its values may be of any type
     user = raw.get("user_id")
     if user is None or user == "":
         user = raw.get("anonymous_id")
@@ -2453,9 +2478,9 @@ def json_or_repr(value: object) -> str:
 #   Server.reload_requested      main and accept thread      accept thread
 #   Server.stopping              stop()                      stop(), accept and connection threads
 #   Server.on_failure            main thread                 accept thread: if the server fails
-#                                                            before it is assigned, the main thread
-#                                                            still notices, because it checks
-#                                                            Server.failed afterwards
+#                                                            earlier, the main thread notices, too,
+#                                                            because it checks Server.failed after
+#                                                            this assignment
 #   Server.failed                accept thread               main thread
 #   Destination.failed           writer of a GroupCommit     accept and connection threads
 #   Keyring.keys                 accept thread               accept and main thread
@@ -2481,8 +2506,8 @@ REPLY_GRACE = 0.5  # seconds for the last replies after that
 class Server(ThreadingTCPServer):
     """A running receiver.
 
-    `url` is its address. `tls_cert` is the path of its certificate, which clients need in order to
-    verify a self-signed one. `failed` says whether it has stopped serving because of an error. A
+    `url` is its address. `tls_cert` is the path of its certificate; if that is self-signed, clients
+    need the file to verify it. `failed` says whether it has stopped serving because of an error. A
     Server is a context manager: leaving the `with` block calls `stop`.
     """
 
@@ -2556,6 +2581,9 @@ class Server(ThreadingTCPServer):
                 self.on_failure()
 
     # -- Accepting --
+    #
+    # These methods of `socketserver` are overridden: get_request, process_request, close_request.
+    # By a request, it means the socket of a connection.
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Take a connection slot and accept a connection. `close_request` releases the slot.
@@ -2618,7 +2646,7 @@ class Server(ThreadingTCPServer):
     def make_room(self, error: BaseException) -> None:
         """Evict a connection and pause, because threads, memory or descriptors have run out.
 
-        Logs the error, and then no further one until a connection is served again.
+        Logs the error, unless it has already done so since the last connection that was accepted.
         """
         if not self.out_of_resources:
             log.error("Cannot accept more connections: %s", str(error) or "out of memory")
@@ -2691,10 +2719,10 @@ class Server(ThreadingTCPServer):
     def stop(self) -> None:
         """Stop accepting connections, finish the requests in flight, and close the destination.
 
-        Idle connections, and those whose first head is incomplete, end at once. After
-        SHUTDOWN_GRACE, any other request that has not arrived completely is answered with 503.
-        After a further REPLY_GRACE, the destination is closed even if handlers are still running.
-        Further calls of this method do nothing.
+        Idle connections end at once. So do those whose first head is incomplete, with a 503 if a
+        part of it has arrived. After SHUTDOWN_GRACE, every other request that is still incomplete
+        is answered with 503. After a further REPLY_GRACE, the destination is closed even if
+        handlers are still running. Further calls of this method do nothing.
         """
         if self.stopping:
             return
@@ -2760,12 +2788,13 @@ def make_tls_context(options: argparse.Namespace) -> ssl.SSLContext:
     """
     for path in (options.tls_cert, options.tls_key):
         if not os.path.exists(path):
-            hint = "`make certs` makes a self-signed pair"
+            hint = "`make certs` creates a self-signed certificate and its key"
             raise ConfigurationError(f"{path}: No such file or directory; {hint}")
         check_regular_file(path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # for TLS 1.2; those of 1.3 all have it
+    # This is for TLS 1.2. All ciphers of TLS 1.3 have forward secrecy.
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
     context.set_alpn_protocols(["http/1.1"])
     context.options |= ssl.OP_NO_RENEGOTIATION
     # Accept that a client disconnects without close_notify. That cannot hide a truncated body,
@@ -2776,7 +2805,7 @@ def make_tls_context(options: argparse.Namespace) -> ssl.SSLContext:
     except OSError as error:
         reason = error.strerror
         if isinstance(error, ssl.SSLError) or not reason:
-            reason = "not a certificate and its unencrypted private key in PEM"
+            reason = "must be a certificate and its private key, unencrypted, in PEM"
         raise ConfigurationError(f"{options.tls_cert}, {options.tls_key}: {reason}") from None
     return context
 
@@ -2795,9 +2824,9 @@ def serve(destination: Destination | None = None, **options: Any) -> Server:
     The result is a context manager: leaving its `with` block stops the receiver.
 
     The options are those of the command line, such as `max_body=1000` for `--max-body 1000`, except
-    --add-key, --calls, --expires and --version. Without a destination, calls are stored in the
-    SQLite file that the option `database` names; this option exists only in that case. The server
-    closes the destination when it stops.
+    --help, --version, --add-key, --calls and --expires. Without a destination, calls are stored in
+    the SQLite file that the option `database` names. With a destination, there is no such option;
+    the receiver closes the destination when it stops.
 
     Requests are logged to standard error, and other messages to the logger `receiver`. If the
     receiver fails, it stops listening, and its attribute `failed` is true. Raises
@@ -2810,7 +2839,8 @@ def serve(destination: Destination | None = None, **options: Any) -> Server:
 def main(destination: Destination | None = None) -> None:
     """Run the command line: serve until SIGTERM or SIGINT, or add an API key.
 
-    Exits with status 2 if an option or a file cannot be used, and with 1 if the receiver fails.
+    Exits with status 2 after a ConfigurationError, which is printed, and with 1 if the receiver
+    fails.
     """
     parser = make_parser(destination)
     add_command_options(parser)
@@ -2844,10 +2874,10 @@ def check_destination(destination: object) -> None:
 DEMO_KEYS_FILE = "fixtures/keys.json"
 
 
-def beside_this_file(name: str) -> str:
-    """Return the path of a file in the directory of this one, or in a directory below.
+def project_file(name: str) -> str:
+    """Return the path of a file whose name is relative to the directory of receiver.py.
 
-    The path is relative if the file is below the current directory.
+    The result is relative to the current directory if the file is below that.
     """
     path = Path(__file__).resolve().parent / name
     with contextlib.suppress(ValueError, OSError):
@@ -2872,7 +2902,7 @@ def make_parser(destination: Destination | None) -> Parser:
             f"Receive Segment's calls over HTTPS, and pass them to {type(destination).__name__}."
         )
     parser = Parser(description=description, allow_abbrev=False)
-    default_keys = beside_this_file(DEMO_KEYS_FILE).replace("%", "%%")  # for argparse's formatting
+    default_keys = project_file(DEMO_KEYS_FILE).replace("%", "%%")  # for argparse's formatting
     add = parser.add_argument
     add(
         "--bind",
@@ -2891,7 +2921,7 @@ def make_parser(destination: Destination | None) -> Parser:
         "--path",
         type=parse_endpoint_path,
         default="/",
-        help="path of the endpoint, compared exactly as sent (default: %(default)s)",
+        help="path of the endpoint; that of a request must be exactly this (default: %(default)s)",
     )
     add(
         "--reuse-port",
@@ -2901,16 +2931,17 @@ def make_parser(destination: Destination | None) -> Parser:
     add(
         "--tls-cert",
         metavar="FILE",
-        default=beside_this_file("certs/localhost.pem"),
+        default=project_file("certs/localhost.pem"),
         help="certificate and its chain, read again after SIGHUP (default: %(default)s)",
     )
     add(
         "--tls-key",
         metavar="FILE",
-        default=beside_this_file("certs/localhost-key.pem"),
+        default=project_file("certs/localhost-key.pem"),
         help="private key of the certificate (default: %(default)s)",
     )
-    # This has no default, so that --add-key cannot change the demo keys; see with_default_keys.
+    # The default is filled in later, by with_default_keys. If it were given here, --add-key without
+    # --api-keys would add to the demo keys.
     add(
         "--api-keys",
         metavar="FILE",
@@ -2957,9 +2988,7 @@ def make_parser(destination: Destination | None) -> Parser:
         help="start in maintenance mode: answer requests with 503; SIGUSR1 toggles it",
     )
     volume = parser.add_mutually_exclusive_group()
-    volume.add_argument(
-        "--quiet", action="store_true", help="log only requests that were refused or failed"
-    )
+    volume.add_argument("--quiet", action="store_true", help="do not log requests that succeeded")
     volume.add_argument("--verbose", action="store_true", help="also log the content of calls")
     return parser
 
@@ -2970,7 +2999,8 @@ def add_command_options(parser: Parser) -> None:
     add(
         "--add-key",
         metavar="CUSTOMER",
-        help="make an API key, add its digest to --api-keys (required), print the key, and exit",
+        help="make an API key, add its digest to the file given by --api-keys, print the key, and"
+        " exit",
     )
     add(
         "--calls",
@@ -2982,7 +3012,7 @@ def add_command_options(parser: Parser) -> None:
         "--expires",
         metavar="DATE",
         type=parse_expires_option,
-        help="with --add-key: date or time (UTC) of the key's expiry, such as 2027-01-01",
+        help="with --add-key: when the key expires: 2027-01-01 (midnight UTC), 2027-01-01T18:00Z",
     )
     add("--version", action="version", version=f"%(prog)s {__version__}")
 
@@ -3009,9 +3039,9 @@ def options_from_keywords(
 
 
 def with_default_keys(options: argparse.Namespace) -> argparse.Namespace:
-    """Fill in the file of the demo keys if no keys file was given; return the same options."""
+    """Set `api_keys` to the file of demo keys if it is None. Return the object that was given."""
     if options.api_keys is None:
-        options.api_keys = beside_this_file(DEMO_KEYS_FILE)
+        options.api_keys = project_file(DEMO_KEYS_FILE)
     return options
 
 
@@ -3047,7 +3077,7 @@ def parse_endpoint_path(text: str) -> str:
     Raises ArgumentTypeError if it cannot be the path of a request, or if it is HEALTH_PATH.
     """
     if not re.fullmatch(r"/[!-~]*", text) or "?" in text or "#" in text:
-        rule = "must begin with a slash, and have only visible ASCII characters except ? and #"
+        rule = "must be a slash, followed by visible ASCII characters other than ? and #"
         message = f"{rule}, not {short_repr(text)}"
         raise argparse.ArgumentTypeError(message)
     if text == HEALTH_PATH:
@@ -3057,7 +3087,7 @@ def parse_endpoint_path(text: str) -> str:
 
 
 def parse_calls_option(text: str) -> list[str]:
-    """Return types of call in the form used by a keys file. Raises ArgumentTypeError."""
+    """Split types of call at commas, and check them. Raises ArgumentTypeError."""
     names = [name.strip() for name in text.split(",")]
     try:
         parse_call_types(names)
@@ -3078,7 +3108,6 @@ def parse_expires_option(text: str) -> str:
 # ---- Serving until SIGTERM or SIGINT -------------------------------------------------------------
 
 FORCED_EXIT_AFTER = 9.5  # seconds; service managers kill a process after 10 seconds or more
-SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
 
 
 def run(destination: Destination | None, options: argparse.Namespace) -> int:
@@ -3089,7 +3118,8 @@ def run(destination: Destination | None, options: argparse.Namespace) -> int:
     ConfigurationError if an option, or a file that it names, cannot be used.
     """
     # Block the signals here and in all threads that start later, so that only sigwait gets them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     raise_file_limit(options.max_connections)
     avoid_preemption()
     server = Server(destination, options)
@@ -3097,7 +3127,7 @@ def run(destination: Destination | None, options: argparse.Namespace) -> int:
     log.propagate = False
     try:
         announce(server)
-        handle_signals(server)
+        handle_signals(server, signals)
         status = 1 if server.failed else 0
         stop_within_time_limit(server, status)
     finally:
@@ -3106,11 +3136,11 @@ def run(destination: Destination | None, options: argparse.Namespace) -> int:
     return status
 
 
-def handle_signals(server: Server) -> None:
-    """Do what the signals ask for, until SIGTERM or SIGINT, or until the server fails."""
+def handle_signals(server: Server, signals: set[signal.Signals]) -> None:
+    """Do what these signals ask for, until SIGTERM or SIGINT arrives, or until the server fails."""
     server.on_failure = lambda: os.kill(os.getpid(), signal.SIGTERM)  # ends sigwait
     while not server.failed:
-        received = signal.sigwait(SIGNALS)
+        received = signal.sigwait(signals)
         if received == signal.SIGHUP:
             server.reload()
         elif received == signal.SIGUSR1:
@@ -3123,7 +3153,7 @@ def stop_within_time_limit(server: Server, status: int) -> None:
     """Stop the server. If that takes too long, end the process with this status."""
     timer = threading.Timer(FORCED_EXIT_AFTER, force_exit, [server, status])
     timer.daemon = True
-    with contextlib.suppress(RuntimeError):  # without another thread, stop without a time limit
+    with contextlib.suppress(RuntimeError):  # if no thread can be started, there is no time limit
         timer.start()
     server.stop()
     timer.cancel()
@@ -3134,16 +3164,16 @@ def force_exit(server: Server, status: int) -> None:
     server.log_buffer.write(
         f"{utc_now()} Stopping has taken too long; ending the process by force\n"
     )
-    time.sleep(2 * LOG_INTERVAL)  # for the log
+    time.sleep(2 * LOG_INTERVAL)  # lets the thread of the log write this line
     os._exit(status)
 
 
 def raise_file_limit(max_connections: int) -> None:
     """Raise the limit on open files, if possible, to what this number of connections needs."""
-    import resource  # not at the top of the file: Windows, where `serve` works, does not have it
+    import resource  # not at the top of the file, because only Unix has it, and only `run` needs it
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = max_connections + 100  # each connection is one file
+    wanted = max_connections + 100  # one for each connection, and some for everything else
     if soft != resource.RLIM_INFINITY and soft < wanted:
         if hard != resource.RLIM_INFINITY:
             wanted = min(wanted, hard)
@@ -3154,8 +3184,8 @@ def raise_file_limit(max_connections: int) -> None:
 def avoid_preemption() -> None:
     """Keep the thread that holds the GIL from being preempted by one that has just woken up.
 
-    By default, the kernel may let the latter run at once, only for it to wait for the GIL.
-    SCHED_BATCH prevents this. Threads that are started later inherit it.
+    By default, the kernel may run a thread as soon as it wakes up, although it can then only wait
+    for the GIL. SCHED_BATCH prevents this. Threads that are started later inherit it.
     """
     if hasattr(os, "SCHED_BATCH"):
         with contextlib.suppress(OSError):  # not permitted in some containers
@@ -3182,22 +3212,23 @@ def startup_hint(server: Server) -> str:
     sample = sample_call(server.endpoint.destination)
     if sample:
         lines += ["Send a call from another terminal:", f"    {curl_command(server, sample)}"]
-    if hasattr(options, "database"):  # it exists only without a destination of your own
+    if hasattr(options, "database"):  # if so, the destination is the default one
         query = "select received_at, type, user_id from calls order by rowid desc limit 9"
         lines.append(f"Calls are stored in {options.database}. Show the latest:")
         lines.append("    " + shlex.join(["sqlite3", options.database, query]))
     else:
         lines.append(f"Calls go to {type(server.endpoint.destination).__name__}.")
     if DEMO_DIGESTS & server.keyring.keys.keys():
-        lines.append(f"Warning: {options.api_keys} holds demo keys, which everybody knows.")
-        lines.append("Make your own with --add-key CUSTOMER --api-keys FILE, and use that FILE.")
+        lines.append(f"Warning: {options.api_keys} contains demo keys, which are public.")
+        lines.append("Make your own: receiver.py --add-key CUSTOMER --api-keys FILE")
+        lines.append("Then restart with --api-keys FILE.")
     return "\n".join(lines) + "\n\n"
 
 
 def sample_call(destination: Destination) -> str:
     """Return the path of a sample call that the destination supports, or "" if there is none."""
     for call_type in ("track", "identify", "page", "group"):
-        path = beside_this_file(f"fixtures/{call_type}.json")
+        path = project_file(f"fixtures/{call_type}.json")
         if getattr(destination, call_type, None) and os.path.exists(path):
             return path
     return ""
@@ -3205,8 +3236,8 @@ def sample_call(destination: Destination) -> str:
 
 def curl_command(server: Server, sample: str) -> str:
     """Return a shell command that posts a sample call to this server."""
-    has_segment_key = hashlib.sha256(b"segment").hexdigest() in server.keyring.keys
-    login = "segment:" if has_segment_key else "YOUR_API_KEY:"
+    accepts_demo_key = hashlib.sha256(b"segment").hexdigest() in server.keyring.keys
+    login = "segment:" if accepts_demo_key else "YOUR_API_KEY:"
     command = ["curl", "-i", "--cacert", server.options.tls_cert, "-u", login, server.url]
     command += ["-H", "Content-Type: application/json", "-d", f"@{sample}"]
     return shlex.join(command)
@@ -3219,7 +3250,8 @@ def add_key(options: argparse.Namespace) -> None:
     """Make an API key, add its digest to the keys file, and print the key, which is not stored.
 
     Only the key is printed to standard output; a note goes to standard error. Raises
-    ConfigurationError if an option, or the keys file, cannot be used.
+    ConfigurationError if an option or the keys file cannot be used. It also does so if the key
+    cannot be printed, when it is already in the file.
     """
     path = options.api_keys
     if not path:
@@ -3239,7 +3271,7 @@ def add_key(options: argparse.Namespace) -> None:
     try:
         append_entry(path, entry)
     except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}") from None
+        raise ConfigurationError(f"cannot write {path}: {error.strerror}") from None
     try:
         print(api_key, flush=True)
     except OSError as error:
@@ -3252,15 +3284,15 @@ def add_key(options: argparse.Namespace) -> None:
 def append_entry(path: str, entry: Mapping[str, Any]) -> None:
     """Add an entry to a keys file, which is created with mode 0600 if it does not exist.
 
-    The file is rewritten and replaced atomically; its owner and its mode are kept. If two programs
-    add an entry at the same time, one of the entries may be lost. Raises ConfigurationError if the
+    The file is replaced atomically; its owner, group and mode are kept. If two programs add an
+    entry at the same time, one of the entries may be lost. Raises ConfigurationError if the
     existing file cannot be used, and OSError if the new one cannot be written; in both cases, the
     existing file is unchanged.
     """
     entries: list[Any] = []
-    status = None
+    old_file = None
     if os.path.exists(path):
-        status = os.stat(path)
+        old_file = os.stat(path)
         entries, _ = read_keys_file(path)
     entries.append(entry)
     lines = ",\n  ".join([json.dumps(each, ensure_ascii=False) for each in entries])
@@ -3268,13 +3300,15 @@ def append_entry(path: str, entry: Mapping[str, Any]) -> None:
 
     target = os.path.realpath(path)  # if the path is a symbolic link, replace what it points to
     directory = os.path.dirname(target)
+    # `tempfile` creates files with mode 0600.
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=directory, delete=False) as file:
         try:
             file.write(text)
             file.flush()
-            if status is not None:  # the service must still be able to read the file
-                os.chmod(file.name, stat.S_IMODE(status.st_mode))
-                os.chown(file.name, status.st_uid, status.st_gid)
+            if old_file is not None:
+                # The service must still be able to read the file.
+                os.chmod(file.name, stat.S_IMODE(old_file.st_mode))
+                os.chown(file.name, old_file.st_uid, old_file.st_gid)
             os.replace(file.name, target)
         except BaseException:
             os.unlink(file.name)

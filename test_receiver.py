@@ -107,7 +107,7 @@ def digest(api_key: str) -> str:
 
 
 def one_key(customer: str, **rest: Any) -> dict[str, receiver.Key]:
-    """Keys of which `segment` is the only one, and belongs to this customer."""
+    """A single API key, `segment`, which belongs to this customer."""
     return {digest("segment"): receiver.Key(customer, **rest)}
 
 
@@ -117,8 +117,8 @@ class Record(NamedTuple):
     head: str
     body: bytes
     status: int
-    message: str
-    names: list[str]
+    message: str  # how receiver.py's own message begins
+    names: list[str]  # words that any implementation's message should contain
     call: dict[str, Any]
 
 
@@ -186,7 +186,11 @@ def ask(
     length: Any = ...,
     **headers: str | None,
 ) -> receiver.Reply:
-    """The reply to a request, without a network. `authorization=None` leaves that header out."""
+    """The reply to a request, without a network.
+
+    `authorization=None` leaves that header out. `length` is the Content-Length: by default, that of
+    the body; None if the header is missing.
+    """
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     sent = {"authorization": basic("segment")}
     for name, value in headers.items():
@@ -222,6 +226,12 @@ def handler_arguments(call: Any = TRACK, **asked: Any) -> tuple[Any, ...]:
     reply = ask(call, destination=recorder, **asked)
     assert reply.status == 200, reply
     return recorder.calls[0]
+
+
+def accepted_call(call: Any = TRACK, **asked: Any) -> receiver.Call:
+    """The Call that a handler receives, as its last argument, for a call that is accepted."""
+    whole: receiver.Call = handler_arguments(call, **asked)[-1]
+    return whole
 
 
 def request(
@@ -263,7 +273,7 @@ def rows(path: Path, query: str, *values: object) -> list[Any]:
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 10) -> Any:
-    """Poll until a condition is true, and return its value. For changes that set no event."""
+    """Poll until a condition is true, and return its value. For changes that nothing signals."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} seconds: {condition}"
@@ -294,14 +304,14 @@ class RunningReceiver(contextlib.AbstractContextManager["RunningReceiver"]):
             words += ["--database", str(self.database)]
         with open(popen.pop("log", self.log_path), "wb") as log:
             usual = {"cwd": HERE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
-            self.process = subprocess.Popen(words, **{**usual, **popen})
-        assert self.process.stdout
-        self.first_line = self.process.stdout.readline()
+            self.popen = subprocess.Popen(words, **{**usual, **popen})
+        assert self.popen.stdout
+        self.first_line = self.popen.stdout.readline()
         self.url = self.first_line.removeprefix("Listening on ").split(" ")[0].strip()
 
     @property
     def pid(self) -> int:
-        return self.process.pid
+        return self.popen.pid
 
     @property
     def log(self) -> str:
@@ -312,21 +322,24 @@ class RunningReceiver(contextlib.AbstractContextManager["RunningReceiver"]):
         found: re.Match[str] = wait_until(lambda: re.search(pattern, self.log, re.M), seconds)
         return found
 
-    def log_length(self) -> int:
-        """Post a marker, wait until it is in the log, and return the length of the log."""
+    def flush_log(self) -> int:
+        """Wait until all earlier requests are in the log, and return its length.
+
+        A marker call is posted for this purpose.
+        """
         user = f"mark-{time.monotonic_ns()}"
         post(self, {**TRACK, "user_id": user})
         self.wait_for_log(user)
         return len(self.log)
 
-    def lines_after(self, before: int, pattern: str) -> list[str]:
-        """The lines of the log after this position, once one of them matches this pattern.
+    def lines_after(self, position: int, pattern: str) -> list[str]:
+        """Wait until the log matches this pattern after a position; return all lines after it.
 
-        The lines of the marker that `log_length` posts are left out.
+        The marker calls of `flush_log` are left out.
         """
-        wait_until(lambda: re.search(pattern, self.log[before:]))
-        self.log_length()
-        return [line for line in self.log[before:].splitlines() if " mark-" not in line]
+        wait_until(lambda: re.search(pattern, self.log[position:]))
+        self.flush_log()
+        return [line for line in self.log[position:].splitlines() if " mark-" not in line]
 
     def message_ids(self) -> list[str]:
         return [row[0] for row in rows(self.database, "select message_id from calls")]
@@ -345,19 +358,19 @@ class RunningReceiver(contextlib.AbstractContextManager["RunningReceiver"]):
         return len(os.listdir(f"/proc/{self.pid}/task"))
 
     def send_signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
+        self.popen.send_signal(number)
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Stop the process with a signal, and return its exit status."""
         self.send_signal(number)
-        self.process.communicate(timeout=15)
-        return self.process.returncode
+        self.popen.communicate(timeout=15)
+        return self.popen.returncode
 
     def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
+        if self.popen.poll() is None:
             self.stop(signal.SIGKILL)
-        elif self.process.stdout:
-            self.process.stdout.close()
+        elif self.popen.stdout:
+            self.popen.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +385,7 @@ TIMEOUT = 1  # seconds
 
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningReceiver]:
-    """One receiver with a short `--timeout`, for all tests that wait for it."""
+    """One receiver with a short `--timeout`, for all tests that let this time pass."""
     with RunningReceiver(tmp_path_factory.mktemp("impatient"), "--timeout", TIMEOUT) as shared:
         yield shared
 
@@ -408,7 +421,7 @@ def connect(server: receiver.Server | RunningReceiver) -> socket.socket:
     return socket.create_connection((parts.hostname, parts.port), 15)
 
 
-class Answer(NamedTuple):
+class ReceivedReply(NamedTuple):
     """A reply as it was received. Its status is 0 if the connection ended without a reply."""
 
     status: int = 0
@@ -435,7 +448,7 @@ class TlsClient(contextlib.AbstractContextManager["TlsClient"]):
         return self
 
     def half_close(self) -> TlsClient:
-        """Send nothing more, without a close_notify."""
+        """Shut down the sending side of the TCP connection, without a close_notify of TLS."""
         socket.socket.shutdown(self.tls, socket.SHUT_WR)
         return self
 
@@ -451,11 +464,11 @@ class TlsClient(contextlib.AbstractContextManager["TlsClient"]):
         self.buffer += data
         return bool(data)
 
-    def reply(self, head_only: bool = False) -> Answer:
+    def read_reply(self, head_only: bool = False) -> ReceivedReply:
         """The next reply."""
         while b"\r\n\r\n" not in self.buffer:
             if not self.receive():
-                return Answer()
+                return ReceivedReply()
         top, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
         status_line, *lines = top.decode("latin-1").split("\r\n")
         headers = {}
@@ -465,14 +478,14 @@ class TlsClient(contextlib.AbstractContextManager["TlsClient"]):
         length = 0 if head_only else int(headers.get("content-length", 0))
         while len(self.buffer) < length:
             if not self.receive():
-                return Answer()
+                return ReceivedReply()
         body = self.buffer[:length]
         self.buffer = self.buffer[length:]
-        return Answer(int(status_line.split(" ")[1]), headers, body)
+        return ReceivedReply(int(status_line.split(" ")[1]), headers, body)
 
     def status(self, data: bytes) -> int:
         """Send a request, and return the status code of the reply."""
-        return self.send(data).reply().status
+        return self.send(data).read_reply().status
 
     def is_closed(self) -> bool:
         """Whether the connection ends without another byte."""
@@ -492,7 +505,7 @@ class Load(contextlib.AbstractContextManager["Load"]):
         self.limit = limit
         self.enough = threading.Event()
         self.sent: set[str] = set()
-        self.stored: set[str] = set()
+        self.acknowledged: set[str] = set()
         self.other_statuses: list[int] = []
         self.seconds: list[float] = []
         self.pool = ThreadPoolExecutor(clients)
@@ -504,14 +517,18 @@ class Load(contextlib.AbstractContextManager["Load"]):
                 message_id = f"{name}-{number}"
                 self.sent.add(message_id)
                 started = time.monotonic()
-                reply = client.send(request({**TRACK, "message_id": message_id})).reply()
+                reply = client.send(request({**TRACK, "message_id": message_id})).read_reply()
                 self.seconds.append(time.monotonic() - started)
                 if reply.status == 200:
-                    self.stored.add(message_id)
+                    self.acknowledged.add(message_id)
                 elif reply.status:
                     self.other_statuses.append(reply.status)
                 if self.enough.is_set() or reply.headers.get("connection") != "keep-alive":
                     break
+
+    def wait_for_acknowledged(self, count: int) -> None:
+        """Wait until more than this many calls have been acknowledged."""
+        wait_until(lambda: len(self.acknowledged) > count, 60)
 
     def wait(self) -> None:
         """Wait until every client has reached the limit."""
@@ -526,8 +543,9 @@ class Load(contextlib.AbstractContextManager["Load"]):
 # ==================================================================================================
 # Part 1. The protocol
 #
-# How each request is answered, without a network. Most of it is in fixtures/: requests as data,
-# with the reply that is expected, which also serve implementations in other languages.
+# How each request is answered, without a network. Most cases are data: fixtures/accepted.json and
+# fixtures/refused.json hold requests and the replies that are expected, for use in any language. If
+# you look for a sentence of the protocol, search there, too.
 # ==================================================================================================
 
 # What the protocol part may use of the standard library.
@@ -547,7 +565,7 @@ def test_the_protocol_part_does_no_input_or_output_and_reads_no_clock() -> None:
     attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     assert used & imported <= PURE_MODULES | PURE_NAMES
     assert not used & {"open", "print", "input", "exec", "eval", "compile", "__import__"}
-    assert not attributes & {"now", "utcnow", "today"}
+    assert not attributes & {"now", "utcnow", "today"}  # the clocks of `datetime`
     assert not [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
 
 
@@ -601,8 +619,9 @@ def test_no_status_in_refused_json_is_one_that_segment_retries(status: int) -> N
 
 # ---- The ladder ----------------------------------------------------------------------------------
 
-# The protocol is a ladder of checks, the rungs, which are made in a fixed order (see
-# `receiver.answer`). Here is one request for each result of rungs 2 to 11, with its status.
+# A request is checked in a fixed order, by the rungs of a ladder, which `receiver.answer` lists.
+# Here, in that order, is a request for each result of rungs 2 to 11, with its status. Rung 1 is in
+# Part 3.
 LADDER: dict[str, tuple[dict[str, Any], int]] = {
     "an unknown path": ({"target": "/elsewhere"}, 404),
     "an unsupported method": ({"method": "PUT"}, 405),
@@ -638,18 +657,19 @@ def test_each_rung_has_its_status_and_only_an_error_reply_has_a_message(
     assert list(reply.body) == ([] if status < 300 else ["message"])
 
 
-# Two faults that fit into one request, because they change different parts of it, and that have
-# different statuses.
-FAULT_PAIRS = {
-    f"{first} before {second}": (first, second)
-    for first, second in itertools.combinations(LADDER, 2)
-    if not LADDER[first][0].keys() & LADDER[second][0].keys()
-    if LADDER[first][1] != LADDER[second][1]
-    if LADDER[second][1] >= 400
-}
+def fault_pairs() -> dict[str, tuple[str, str]]:
+    """All pairs of faults that fit into one request, and have different statuses."""
+    pairs = {}
+    for first, second in itertools.combinations(LADDER, 2):
+        first_changes, first_status = LADDER[first]
+        second_changes, second_status = LADDER[second]
+        fit_together = not first_changes.keys() & second_changes.keys()
+        if fit_together and second_status >= 400 and first_status != second_status:
+            pairs[f"{first} before {second}"] = (first, second)
+    return pairs
 
 
-@cases("first, second", FAULT_PAIRS)
+@cases("first, second", fault_pairs())
 def test_of_two_faults_the_one_on_the_earlier_rung_is_answered(first: str, second: str) -> None:
     reply = ask(**LADDER[first][0], **LADDER[second][0])
     assert reply.status == LADDER[first][1]
@@ -686,7 +706,7 @@ CHALLENGE = 'Basic realm="Segment calls", charset="UTF-8"'
     {
         "401": ({"authorization": basic("unknown")}, {"WWW-Authenticate": CHALLENGE}),
         "405": ({"method": "PUT"}, {"Allow": "POST"}),
-        "405 of the health check": (
+        "405 from the health check": (
             {"method": "PUT", "target": "/health"},
             {"Allow": "GET, HEAD"},
         ),
@@ -747,8 +767,10 @@ def test_the_health_check_is_503_in_maintenance(method: str) -> None:
     assert ask(target="/health", method=method, maintenance=True).status == 503
 
 
-def test_anyone_who_opens_the_address_in_a_browser_is_told_what_it_is() -> None:
-    assert "Segment" in ask(method="GET").body["message"]
+def test_a_get_of_the_endpoint_is_told_that_segment_sends_calls_here() -> None:
+    reply = ask(method="GET")
+    assert reply.status == 405
+    assert "receives calls that Segment forwards" in reply.body["message"]
 
 
 def test_a_very_long_method_is_cut_in_the_message() -> None:
@@ -761,7 +783,7 @@ def test_a_very_long_method_is_cut_in_the_message() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["Basic", "basic", "BASIC"])
-def test_the_scheme_is_basic_in_any_case(scheme: str) -> None:
+def test_the_scheme_may_be_in_upper_or_lower_case(scheme: str) -> None:
     assert ask(authorization=basic("segment").replace("Basic", scheme)).status == 200
 
 
@@ -792,7 +814,7 @@ def test_an_expired_key_gets_the_message_that_segment_documents() -> None:
     assert reply.body == {"message": "API token expired"}
 
 
-def test_the_reply_to_an_expired_key_names_its_customer_for_the_log() -> None:
+def test_the_customer_of_an_expired_key_is_known_to_the_log() -> None:
     assert ask(authorization=basic("segment-expired")).customer == "lapsed"
 
 
@@ -845,17 +867,28 @@ def test_any_other_media_type_is_415(media_type: str) -> None:
     assert ask(content_type=media_type).status == 415
 
 
-def test_a_content_encoding_of_identity_is_accepted_in_any_case() -> None:
+def test_the_content_encoding_identity_may_be_in_upper_or_lower_case() -> None:
     assert ask(content_encoding="Identity").status == 200
 
 
 # ---- Rung 7: the body ----------------------------------------------------------------------------
 
-# Each of these is 499 levels deep, so 500 inside an object, which is the limit. Some tests add an
-# empty array: its bracket takes the count over 500, so that the exact depth must be determined.
+# Each of these has 499 levels; an object around it makes 500, which is the limit. `parse_json`
+# counts opening brackets first, and determines the depth only if there are more than 500. So some
+# rows also contain an empty array.
 DEEP_ARRAYS = "[" * 499 + "]" * 499
 DEEP_OBJECTS = '{"a":' * 499 + "0" + "}" * 499
 LONG_KEY = "x" * 150
+
+
+def parse_json_twice(text: str) -> str:
+    """Parse JSON, the second time from the caches, and return the repr of the value.
+
+    It is the repr because `==` would not tell 7 from 7.0, or 0.0 from -0.0.
+    """
+    first, second = (receiver.parse_json(text.encode(), "It") for _ in range(2))
+    assert repr(first) == repr(second)
+    return repr(first)
 
 
 @cases(
@@ -880,6 +913,16 @@ LONG_KEY = "x" * 150
             '{"a": {"a": {}}, "b": [[], {}, null, true]}',
             {"a": {"a": {}}, "b": [[], {}, None, True]},
         ),
+        "a repeated key": ('{"a": 1, "a": 2}', {"a": 2}),
+    },
+)
+def test_json_is_read_exactly(text: str, value: object) -> None:
+    assert parse_json_twice(text) == repr(value)
+
+
+@cases(
+    "text, value",
+    {
         "brackets in a string": ('{"a": "' + "[" * 5000 + r'\"["}', {"a": "[" * 5000 + '"['}),
         "many arrays side by side": ('{"a": [' + "[], " * 600 + "[]]}", {"a": [[]] * 601}),
         "arrays, 500 levels deep": (
@@ -890,7 +933,15 @@ LONG_KEY = "x" * 150
             f'{{"b": [], "a": {DEEP_OBJECTS}}}',
             {"b": [], "a": json.loads(DEEP_OBJECTS)},
         ),
-        "a repeated key": ('{"a": 1, "a": 2}', {"a": 2}),
+    },
+)
+def test_json_may_be_nested_500_levels_deep(text: str, value: object) -> None:
+    assert parse_json_twice(text) == repr(value)
+
+
+@cases(
+    "text, value",
+    {
         "keys at every depth": (
             '{"aB": [{"cD": ["eF", {"gH": null}]}]}',
             {"a_b": [{"c_d": ["eF", {"g_h": None}]}]},
@@ -901,8 +952,9 @@ LONG_KEY = "x" * 150
             '{"a_b": 2, "aB": 1, "A-B": 3}',
             {"a_b": 2, "aB": 1, "A-B": 3},
         ),
-        # str.isupper() is true of these letters, but str.lower() does not change them.
-        "capital letters without lower case": (
+        # The letter 𝐂 is a capital without a lower case. So "A𝐂" would become "a𝐂", and "a𝐂" would
+        # become "a_𝐂". Both names are taken.
+        "keys with a capital letter that has no lower case": (
             '{"a_𝐂": 1, "A𝐂": 2, "a𝐂": 3}',
             {"a_𝐂": 1, "A𝐂": 2, "a𝐂": 3},
         ),
@@ -912,17 +964,23 @@ LONG_KEY = "x" * 150
         ),
     },
 )
-def test_json_is_read_with_its_keys_in_snake_case(text: str, value: object) -> None:
-    for _ in range(2):  # the second time from the caches
-        found = receiver.parse_json(text.encode(), "It")
-        assert repr(found) == repr(value)  # `==` would not tell 7 from 7.0, or 0.0 from -0.0
+def test_keys_become_snake_case_at_every_depth_unless_the_new_name_is_taken(
+    text: str, value: object
+) -> None:
+    assert parse_json_twice(text) == repr(value)
+
+
+def refusal_of_json(data: bytes) -> str:
+    """The message with which JSON is refused. It begins with "It"."""
+    with pytest.raises(receiver.Refusal) as refused:
+        receiver.parse_json(data, "It")
+    assert refused.value.status == 400
+    return refused.value.message
 
 
 @cases(
     "data",
     {
-        "nothing": b"",
-        "a space": b" ",
         "an open object": b"{",
         "two objects": b"{} {}",
         "a letter after an object": b"{}X",
@@ -932,46 +990,71 @@ def test_json_is_read_with_its_keys_in_snake_case(text: str, value: object) -> N
         "no digit before the point": b'{"a": .5}',
         "a plus sign": b'{"a": +1}',
         "a hexadecimal number": b'{"a": 0x1}',
-        "NaN": b'{"a": NaN}',
-        "-Infinity": b'{"a": -Infinity}',
-        "Infinity": b'{"a": Infinity}',
         "a tab in a string": b'{"a": "\t"}',
         "an unknown escape": rb'{"a": "\x41"}',
         "a no-break space": b"\xc2\xa0{}",
         "a comment": b"// no\n{}",
-        "brackets without end": b"[" * 501,
-        "objects without end": b'{"a":' * 501,
-        "a byte that is not UTF-8": b'"\xff"',
-        "a surrogate in UTF-8": b'{"a": "\xed\xa0\x80"}',
-        "an overlong slash in UTF-8": b'{"a": "\xc0\xaf"}',
-        "UTF-16": '{"a": 1}'.encode("utf-16"),
+        "brackets without end": b"[" * 500,
+        "objects without end": b'{"a":' * 500,
         "UTF-16 without a byte-order mark": b"{\0}\0",
     },
 )
-def test_what_is_not_json_in_utf_8_is_refused(data: bytes) -> None:
-    with pytest.raises(receiver.Refusal, match="It must ") as refused:
-        receiver.parse_json(data, "It")
-    assert refused.value.status == 400
+def test_a_syntax_error_in_json_is_refused(data: bytes) -> None:
+    assert refusal_of_json(data).startswith("It must be JSON: syntax error at character ")
 
 
 @cases(
     "data",
     {
-        "a double that overflows": b'{"a": 1e400}',
-        "a negative double that overflows": b'{"a": -1e400}',
-        "an integer of 309 digits that overflows": b'{"a": 9' + b"9" * 308 + b"}",
-        "an integer of 5000 digits": b'{"a": ' + b"9" * 5000 + b"}",
-        "an unpaired surrogate in a value": rb'{"a": "\ud800"}',
-        "an unpaired surrogate in a key": rb'{"\udc00": 1}',
-        "a byte-order mark": b"\xef\xbb\xbf{}",
-        "arrays, 501 levels deep": f'{{"b": [], "a": [{DEEP_ARRAYS}]}}'.encode(),
-        "objects, 501 levels deep": f'{{"a": [{DEEP_OBJECTS}]}}'.encode(),
+        "a byte that is not UTF-8": b'"\xff"',
+        "a surrogate in UTF-8": b'{"a": "\xed\xa0\x80"}',
+        "an overlong slash in UTF-8": b'{"a": "\xc0\xaf"}',
+        "UTF-16": '{"a": 1}'.encode("utf-16"),
     },
 )
-def test_json_that_other_programs_could_not_read_is_refused(data: bytes) -> None:
-    with pytest.raises(receiver.Refusal, match="It must ") as refused:
-        receiver.parse_json(data, "It")
-    assert refused.value.status == 400
+def test_what_is_not_utf_8_is_refused(data: bytes) -> None:
+    assert refusal_of_json(data) == "It must be in UTF-8"
+
+
+OUT_OF_RANGE = "It must not contain a number that is out of range: "
+
+
+@cases(
+    "data, message",
+    {
+        "nothing": (b"", "It must not be empty"),
+        "a space": (b" ", "It must not be empty"),
+        "a byte-order mark": (b"\xef\xbb\xbf{}", "It must not begin with a byte-order mark"),
+        "NaN": (b'{"a": NaN}', "It must not contain NaN"),
+        "Infinity": (b'{"a": Infinity}', "It must not contain Infinity"),
+        "-Infinity": (b'{"a": -Infinity}', "It must not contain -Infinity"),
+        "a double that overflows": (b'{"a": 1e400}', OUT_OF_RANGE + "1e400"),
+        "a negative double that overflows": (b'{"a": -1e400}', OUT_OF_RANGE + "-1e400"),
+        "an integer of 309 digits that overflows": (
+            b'{"a": ' + b"9" * 309 + b"}",
+            OUT_OF_RANGE + "9" * 20,
+        ),
+        "an integer of 5000 digits": (b'{"a": ' + b"9" * 5000 + b"}", OUT_OF_RANGE + "9" * 20),
+        "an unpaired surrogate in a value": (
+            rb'{"a": "\ud800"}',
+            "It must not contain an unpaired surrogate",
+        ),
+        "an unpaired surrogate in a key": (
+            rb'{"\udc00": 1}',
+            "It must not contain an unpaired surrogate",
+        ),
+        "arrays, 501 levels deep": (
+            f'{{"b": [], "a": [{DEEP_ARRAYS}]}}'.encode(),
+            "It must not be nested more than 500 levels deep",
+        ),
+        "objects, 501 levels deep": (
+            f'{{"a": [{DEEP_OBJECTS}]}}'.encode(),
+            "It must not be nested more than 500 levels deep",
+        ),
+    },
+)
+def test_what_other_programs_could_not_read_is_refused_and_named(data: bytes, message: str) -> None:
+    assert refusal_of_json(data) == message
 
 
 @cases(
@@ -986,9 +1069,7 @@ def test_json_that_other_programs_could_not_read_is_refused(data: bytes) -> None
 def test_the_position_of_a_syntax_error_is_in_characters_counted_from_1(
     data: bytes, position: int
 ) -> None:
-    with pytest.raises(receiver.Refusal) as refused:
-        receiver.parse_json(data, "It")
-    assert refused.value.message.endswith(f" at character {position}")
+    assert refusal_of_json(data).endswith(f" at character {position}")
 
 
 @cases(
@@ -1078,10 +1159,12 @@ def test_a_key_in_snake_case_is_left_alone(key: str) -> None:
 def test_a_flood_of_keys_does_not_fill_the_memory(running: RunningReceiver) -> None:
     with TlsClient(running) as client:
         before = running.memory_mb()
-        for style in ("k{}", "kA{}", "long" * 40 + "{}", "Long" * 40 + "{}"):
-            for repeat in range(8):  # without their limits, the caches would grow by some 30 MB
-                keys = {style.format(f"{repeat}x{number}"): 0 for number in range(2500)}
+        # Keys in snake_case, keys to be converted, and both again, too long for the caches.
+        for prefix in ("k", "kA", "long" * 40, "Long" * 40):
+            for flood in range(8):
+                keys = {f"{prefix}{flood}x{number}": 0 for number in range(2500)}
                 assert client.status(request({**TRACK, "properties": keys})) == 200
+    # If the caches had no limits, they would grow by some 30 MB.
     assert running.memory_mb() - before < 20
 
 
@@ -1143,15 +1226,18 @@ def test_the_store_supports_the_original_four_types_and_delete() -> None:
 
 
 @cases(
-    "shown, quoted",
+    "call_type, quoted",
     {
         "78 characters": ("x" * 78, "'" + "x" * 78 + "'"),
         "79 characters": ("x" * 79, "'" + "x" * 78 + "…"),
         "control characters": ("\x1b" * 999, "'" + r"\x1b" * 19 + r"\x…"),
     },
 )
-def test_what_a_message_quotes_is_cut_and_escaped(shown: str, quoted: str) -> None:
-    assert ask({**TRACK, "type": shown}).body == {"message": f"Unsupported type {quoted}"}
+def test_what_a_message_quotes_is_escaped_and_then_cut_to_80_characters(
+    call_type: str, quoted: str
+) -> None:
+    assert len(quoted) == 80
+    assert ask({**TRACK, "type": call_type}).body == {"message": f"Unsupported type {quoted}"}
 
 
 # ---- Rung 10: the fields -------------------------------------------------------------------------
@@ -1159,14 +1245,14 @@ def test_what_a_message_quotes_is_cut_and_escaped(shown: str, quoted: str) -> No
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_sample_call_has_its_fields_as_attributes_and_is_whole_in_raw(name: str) -> None:
-    call = handler_arguments(SAMPLES[name])[-1]
+    call = accepted_call(SAMPLES[name])
     assert {field: getattr(call, field) for field in SAMPLES[name]} == SAMPLES[name]
     assert call.raw == SAMPLES[name]
 
 
 def test_a_call_knows_its_customer_its_settings_and_the_size_of_its_body() -> None:
     encoded = base64.b64encode(b'{"customSettingOne": "custom setting value"}').decode()
-    call = handler_arguments(x_segment_settings=encoded)[-1]
+    call = accepted_call(x_segment_settings=encoded)
     assert call.customer == "demo"
     assert call.settings == {"custom_setting_one": "custom setting value"}
     assert call.size == len(TRACK_JSON)
@@ -1174,15 +1260,15 @@ def test_a_call_knows_its_customer_its_settings_and_the_size_of_its_body() -> No
 
 @pytest.mark.parametrize("name", ["customer", "settings", "raw", "size", "outcome"])
 def test_a_sender_cannot_set_an_attribute_of_the_call_that_is_not_a_field(name: str) -> None:
-    call = handler_arguments({**TRACK, name: "x"})[-1]
+    call = accepted_call({**TRACK, name: "x"})
     assert getattr(call, name) != "x"
     assert call.raw[name] == "x"
 
 
 @pytest.mark.parametrize("name", ["traits", "properties", "context"])
-def test_two_calls_do_not_share_an_absent_object(name: str) -> None:
-    getattr(handler_arguments()[-1], name)["mine"] = 1
-    assert getattr(handler_arguments()[-1], name) == {}
+def test_the_empty_object_in_place_of_a_missing_one_is_new_for_each_call(name: str) -> None:
+    getattr(accepted_call(), name)["mine"] = 1
+    assert getattr(accepted_call(), name) == {}
 
 
 @cases(
@@ -1190,8 +1276,8 @@ def test_two_calls_do_not_share_an_absent_object(name: str) -> None:
     {"missing": {}, "null": {"message_id": None}, "empty": {"message_id": ""}},
 )
 def test_a_missing_message_id_becomes_a_fresh_uuid(absent: dict[str, Any]) -> None:
-    first = handler_arguments({**TRACK, **absent})[-1].message_id
-    second = handler_arguments({**TRACK, **absent})[-1].message_id
+    first = accepted_call({**TRACK, **absent}).message_id
+    second = accepted_call({**TRACK, **absent}).message_id
     assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", first)
     assert first != second
 
@@ -1199,8 +1285,9 @@ def test_a_missing_message_id_becomes_a_fresh_uuid(absent: dict[str, Any]) -> No
 FIELDS_FOR_EVERY_TYPE = {"user_id": "u1", "event": "e", "group_id": "g", "previous_id": "p"}
 NOT_AN_ID = [True, 1.5, [], {}, "a\0b"]
 NOT_TEXT = [True, 7, [], {}]
-NOT_AN_OBJECT = [True, 7, "x", [1]]
-NOT_A_TIME = ["now", 7, True, {}, [NOW], f"{NOW}\n", "٢٠٢٦-01-15", "2026-01-15X00:00:00"]
+NOT_AN_OBJECT = [True, 7, "x", [1]]  # but [] counts as an empty object
+ARABIC_DIGITS = "٢٠٢٦-01-15"
+NOT_A_TIME = ["now", 7, True, {}, [NOW], f"{NOW}\n", ARABIC_DIGITS, "2026-01-15X00:00:00"]
 
 # A field, values that are invalid, and the types of call that refuse them.
 INVALID: dict[str, tuple[list[Any], list[str]]] = {
@@ -1235,7 +1322,9 @@ def test_an_invalid_field_is_400_in_the_types_that_use_it_and_ignored_elsewhere(
     "field",
     ["context", "integrations", "sent_at", "received_at", "original_timestamp", "version", "other"],
 )
-def test_no_value_of_these_fields_is_refused_and_each_stays_in_raw(field: str, value: Any) -> None:
+def test_a_field_that_no_call_needs_is_never_refused_and_stays_in_raw(
+    field: str, value: Any
+) -> None:
     reply = ask({**TRACK, field: value})
     assert reply.status == 200
     assert reply.raw[field] == value
@@ -1244,8 +1333,8 @@ def test_no_value_of_these_fields_is_refused_and_each_stays_in_raw(field: str, v
 @pytest.mark.parametrize("field", ["sent_at", "received_at", "original_timestamp"])
 def test_a_time_other_than_timestamp_is_converted_to_utc_or_ignored_if_invalid(field: str) -> None:
     with_a_stray_colon = "2026-10-16T16:00:27.957:Z"
-    valid = handler_arguments({**TRACK, field: "2026-01-15T01:30:08+02:00"})[-1]
-    invalid = handler_arguments({**TRACK, field: with_a_stray_colon})[-1]
+    valid = accepted_call({**TRACK, field: "2026-01-15T01:30:08+02:00"})
+    invalid = accepted_call({**TRACK, field: with_a_stray_colon})
     assert getattr(valid, field) == "2026-01-14T23:30:08.000Z"
     assert getattr(invalid, field) is None
 
@@ -1261,20 +1350,20 @@ DAY_3 = "2026-01-03T00:00:00.000Z"
         "its own": ({"timestamp": DAY_1, "original_timestamp": DAY_2, "sent_at": DAY_3}, DAY_1),
         "else the client's clock": ({"original_timestamp": "2026-01-02", "sent_at": DAY_3}, DAY_2),
         "else when it was sent": ({"original_timestamp": "long ago", "sent_at": DAY_3}, DAY_3),
-        "else now": ({"original_timestamp": 5, "received_at": DAY_1}, NOW),
+        "else now, but never received_at": ({"original_timestamp": 5, "received_at": DAY_1}, NOW),
     },
 )
 def test_a_call_is_dated_by_its_timestamp_or_the_best_substitute(
     times: dict[str, Any], timestamp: str
 ) -> None:
-    assert handler_arguments({**TRACK, **times})[-1].timestamp == timestamp
+    assert accepted_call({**TRACK, **times}).timestamp == timestamp
 
 
 # ---- Rung 11: the destination --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("result", "status"), [(None, 200), (200, 200), (202, 202), (200.0, 200)])
-def test_a_result_of_none_or_200_gives_status_200_and_202_gives_202(
+def test_a_result_of_none_or_200_gives_status_200_and_202_gives_202_as_an_int(
     result: Any, status: int
 ) -> None:
     reply = ask(destination=Recorder(result))
@@ -1317,7 +1406,7 @@ def test_a_refusal_that_is_raised_again_and_again_keeps_no_call_in_memory() -> N
     shared = receiver.Refusal(503, "Down")
     for _ in range(3):
         assert ask(destination=Recorder(shared)).status == 503
-        assert shared.__traceback__ is None  # which would keep the frames, and so the calls
+        assert shared.__traceback__ is None  # a traceback would keep frames, and calls in them
 
 
 class CustomRefusal(receiver.Refusal):
@@ -1377,8 +1466,8 @@ class Batches(receiver.GroupCommit):
         self.go_on = threading.Event()
         self.go_on.set()
         self.open_error: Exception | None = None
-        self.errors: dict[str, BaseException] = {}  # that `write` raises for a message_id
-        self.refusals: dict[str, receiver.Refusal] = {}  # in place of the outcome of a message_id
+        self.errors: dict[str, BaseException] = {}  # what `write` raises if it gets a message_id
+        self.refusals: dict[str, receiver.Refusal] = {}  # what it returns in place of an outcome
 
     def open(self) -> None:
         self.events.append("open")
@@ -1480,7 +1569,9 @@ def test_a_destination_without_calls_is_neither_opened_nor_shut() -> None:
 
 
 @pytest.mark.parametrize("call_type", ["identify", "track", "page", "group", "delete"])
-def test_group_commit_supports_these_types(batches: Batches, call_type: str) -> None:
+def test_group_commit_supports_identify_track_page_group_and_delete(
+    batches: Batches, call_type: str
+) -> None:
     call = {**FIELDS_FOR_EVERY_TYPE, "type": call_type, "message_id": "a"}
     reply = ask(call, destination=batches)
     assert (reply.status, reply.outcome) == (200, "stored")
@@ -1505,10 +1596,10 @@ def test_a_refusal_in_place_of_an_outcome_refuses_that_call_alone(
 def test_a_refusal_that_write_raises_refuses_the_whole_batch(
     batches: Batches, pool: ThreadPoolExecutor
 ) -> None:
-    batches.errors["away"] = receiver.Refusal(503, "The database is down")
-    replies = send_batch(batches, pool, ["a", "away", "b"])
+    batches.errors["b"] = receiver.Refusal(503, "The database is down")
+    replies = send_batch(batches, pool, ["a", "b", "c"])
     assert {reply.status for reply in replies} == {503}
-    assert batches.batches == [["first"], ["a", "away", "b"]]
+    assert batches.batches == [["first"], ["a", "b", "c"]]
 
 
 def test_after_any_other_exception_each_call_is_written_again_alone(
@@ -1579,8 +1670,8 @@ def test_a_write_that_returns_nothing_is_500_and_the_writer_goes_on(batches: Bat
 @cases(
     "error, status",
     {
-        "a refusal, which is the reply": (receiver.Refusal(507, "No space"), 507),
-        "any other exception, which is 503": (OSError("down"), 503),
+        "open raises a Refusal, which is the reply": (receiver.Refusal(507, "No space"), 507),
+        "open raises something else, which leads to 503": (OSError("down"), 503),
     },
 )
 def test_a_destination_that_cannot_be_opened_is_opened_again_for_the_next_batch(
@@ -1617,8 +1708,8 @@ def test_no_call_of_a_failed_batch_is_written_again_after_its_deadline(
     batches.go_on.set()
     batches.go_on.clear()  # set() wakes the write of `first`; the next write has to wait
     wait_until(lambda: len(batches.batches) == 2)
-    assert {reply.result().status for reply in late} == {503}
-    batches.go_on.set()
+    assert {reply.result().status for reply in late} == {503}  # their time has run out
+    batches.go_on.set()  # now their batch fails
     assert first.result().status == 200
     monkeypatch.undo()
     assert send_track(batches, "next").status == 200
@@ -1626,6 +1717,7 @@ def test_no_call_of_a_failed_batch_is_written_again_after_its_deadline(
 
 
 def test_the_time_limits_fit_into_the_five_seconds_that_the_sender_waits() -> None:
+    # A call may wait for a lock twice: during the batch before it, and during its own.
     assert 2 * receiver.LOCK_TIMEOUT < receiver.STORE_TIMEOUT < 5
 
 
@@ -1643,7 +1735,7 @@ def test_at_most_1000_calls_wait(
     batches: Batches, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert receiver.MAX_WAITING_CALLS == 1000
-    monkeypatch.setattr(receiver, "MAX_WAITING_CALLS", 2)
+    monkeypatch.setattr(receiver, "MAX_WAITING_CALLS", 2)  # scaled down
     hold_up_writer(batches, pool)
     accepted = [queue_call(batches, pool, name) for name in ("a", "b")]
     assert send_and_expect_a_prompt_reply(batches, "one too many") == 503
@@ -1655,13 +1747,15 @@ def test_at_most_16_mb_of_bodies_wait(
     batches: Batches, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert receiver.MAX_WAITING_BYTES == 16_000_000
-    monkeypatch.setattr(receiver, "MAX_WAITING_BYTES", 400)
+    monkeypatch.setattr(
+        receiver, "MAX_WAITING_BYTES", 400
+    )  # scaled down: two bodies, but not three
     hold_up_writer(batches, pool)
     accepted = [queue_call(batches, pool, name, note="x" * 100) for name in ("a", "b")]
     assert send_and_expect_a_prompt_reply(batches, "one too many", note="x" * 100) == 503
     batches.go_on.set()
     assert {reply.result().status for reply in accepted} == {200}
-    assert send_track(batches, "next").status == 200
+    assert send_track(batches, "next").status == 200  # nothing waits now
 
 
 def test_a_single_call_of_any_size_may_wait(
@@ -1756,7 +1850,7 @@ class FileStore(receiver.Store):
         return ask(call, destination=self, keys=one_key(customer))
 
     def find(self, query: str) -> list[Any]:
-        """The rows that a query finds."""
+        """The rows that a query finds, through a separate connection."""
         return rows(self.path, query)
 
 
@@ -1786,6 +1880,7 @@ ON_DAY_2 = identify(
     timestamp=DAY_2, traits={"plan": "team", "email": "a@example.com", "tags": {"c": 3}}
 )
 ON_DAY_3 = identify(timestamp=DAY_3, traits={"plan": "gold", "name": None})
+# A null replaces an older value (name). An object is replaced as a whole, and not merged (tags).
 MERGED = {"plan": "gold", "seats": 1, "name": None, "tags": {"c": 3}, "email": "a@example.com"}
 
 # Names and values that a view could damage.
@@ -1805,11 +1900,12 @@ ODD_TRAITS = {
     "dot.ted": 2,
     "br[0]": 3,
     "": 4,
-    'quote"d': {"a": [True]},
-    'quoted"2': "t",
-    'q"3': False,
-    'q"4': None,
-    'q"5': 1.5,
+    # The SQL has a separate branch for names with a quotation mark.
+    'object"': {"a": [True]},
+    'text"': "t",
+    'false"': False,
+    'null"': None,
+    'double"': 1.5,
     "nul": "a\0b",
     "json": '{"a": 1}',
     "🙂": "🙂",
@@ -1904,7 +2000,7 @@ def test_each_view_shows_the_calls_of_its_type_and_their_fields(
     ],
     ids=["in order", "the newest first", "the oldest last"],
 )
-def test_each_trait_of_a_user_comes_from_the_newest_call_in_any_order_of_arrival(
+def test_a_trait_comes_from_the_newest_call_that_has_it_whatever_the_order_of_arrival(
     store: FileStore, calls: list[Any]
 ) -> None:
     query = "select user_id, traits, first_seen, last_seen from users"
@@ -1925,7 +2021,7 @@ def test_each_trait_of_a_user_comes_from_the_newest_call_in_any_order_of_arrival
             "select traits from users",
             [[{"plan": "b"}]],
         ),
-        "one row for each customer and user_id in any type of call": (
+        "users: one row for each customer and user_id in any type of call": (
             [
                 track(user_id="u2"),
                 {"call_type": "page", "user_id": None, "anonymous_id": "a1"},
@@ -1935,17 +2031,24 @@ def test_each_trait_of_a_user_comes_from_the_newest_call_in_any_order_of_arrival
             "select customer, user_id, traits from users order by 1, 2",
             [["acme", "u1", {"of": "acme"}], ["demo", "u1", {"of": "demo"}], ["demo", "u2", {}]],
         ),
-        "accounts with merged traits and the number of distinct members": (
+        "accounts: one row for each customer and group_id": (
+            [group(), group(group_id="g2"), group(customer="acme")],
+            "select customer, group_id from accounts order by 1, 2",
+            [["acme", "g1"], ["demo", "g1"], ["demo", "g2"]],
+        ),
+        "the traits of an account, merged, and when it was seen": (
             [
                 group(timestamp=DAY_2, traits={"size": 2, "name": "new"}),
                 group(timestamp=DAY_1, traits={"size": 1, "kind": "old"}),
-                group(timestamp=DAY_3, user_id="u2"),
-                group(group_id=5),
-                group(customer="acme", traits={"name": "other"}),
+                group(timestamp=DAY_3, traits={}),
             ],
-            "select group_id, traits, members, first_seen, last_seen from accounts"
-            " where customer = 'demo' and group_id <> '5'",
-            [["g1", {"size": 2, "name": "new", "kind": "old"}, 2, DAY_1, DAY_3]],
+            "select traits, first_seen, last_seen from accounts",
+            [[{"size": 2, "name": "new", "kind": "old"}, DAY_1, DAY_3]],
+        ),
+        "the members of an account, each counted once": (
+            [group(), group(), group(user_id="u2"), group(group_id="g2", user_id="u3")],
+            "select members from accounts where group_id = 'g1'",
+            [[2]],
         ),
         "a group_id that is an integer, as its decimal text": (
             [group(group_id=number) for number in (7, 12345678901234567890, 12345678901234567891)],
@@ -1973,7 +2076,7 @@ def test_each_trait_of_a_user_comes_from_the_newest_call_in_any_order_of_arrival
         ),
     },
 )
-def test_users_and_accounts_have_one_row_each_with_merged_traits(
+def test_the_views_users_and_accounts(
     store: FileStore, calls: list[Any], query: str, expected: list[Any]
 ) -> None:
     assert saved_and_found(store, calls, query) == json.dumps(expected, sort_keys=True)
@@ -1994,7 +2097,7 @@ def test_users_and_accounts_have_one_row_each_with_merged_traits(
         ),
     },
 )
-def test_this_view_does_not_count_deletes(
+def test_a_view_leaves_out_customers_and_users_that_are_known_only_from_deletes(
     store: FileStore, calls: list[Any], query: str, expected: list[Any]
 ) -> None:
     assert saved_and_found(store, calls, query) == json.dumps(expected, sort_keys=True)
@@ -2048,22 +2151,24 @@ def test_a_duplicate_gets_a_200_and_the_outcome_duplicate(store: FileStore) -> N
 
 @pytest.mark.parametrize("condition", ["", "customer = 'demo' and "], ids=["alone", "by customer"])
 @cases(
-    "view, index",
+    "view, key, used_index",
     {
-        "users": ("users where {}user_id = 'x'", "calls_by_user (user_id=?"),
-        "accounts": ("accounts where {}group_id = 'x'", "calls_by_group (<expr>=?"),
+        "users": ("users", "user_id", "calls_by_user (user_id=?"),
+        "accounts": ("accounts", "group_id", "calls_by_group (<expr>=?"),
     },
 )
 def test_users_and_accounts_are_found_through_an_index(
-    store: FileStore, view: str, index: str, condition: str
+    store: FileStore, view: str, key: str, used_index: str, condition: str
 ) -> None:
-    query = f"explain query plan select traits, last_seen from {view.format(condition)}"
-    steps = [step for *_, step in store.find(query) if re.match(r"\w+ (calls|c|owner)\b", step)]
-    assert len(steps) == 2  # one for the row, and one for its traits
-    assert all(index in step for step in steps)
+    query = f"select traits, last_seen from {view} where {condition}{key} = 'x'"
+    plan = [step for *_, step in store.find(f"explain query plan {query}")]
+    # `c` and `owner` are what the views call the table `calls`.
+    reads_of_calls = [step for step in plan if re.match(r"\w+ (calls|c|owner)\b", step)]
+    assert len(reads_of_calls) == 2  # one for the row, and one for its traits
+    assert all(used_index in step for step in reads_of_calls)
 
 
-def test_the_traits_of_a_user_with_ten_thousand_of_them_take_less_than_two_seconds(
+def test_ten_thousand_traits_of_a_user_are_merged_within_two_seconds(
     store: FileStore,
 ) -> None:
     traits = {f"trait_{number}": number * 1.1 for number in range(10_000)}
@@ -2103,7 +2208,7 @@ def test_private_beta_is_fulfilled_by_10_customers_or_more_than_20_million_event
     assert store.find("select * from private_beta") == [(customers, events, fulfilled)]
 
 
-# ---- Forgotten means forgotten -------------------------------------------------------------------
+# ---- Deletes -------------------------------------------------------------------------------------
 
 
 def delete(timestamp: str, **fields: Any) -> dict[str, Any]:
@@ -2155,7 +2260,7 @@ def test_a_second_delete_is_stored_only_if_it_is_newer(
 
 
 def test_a_retried_delete_removes_nothing_that_came_after_it(store: FileStore) -> None:
-    in_the_future = delete("2999-01-01", message_id="d")  # so it counts as made when it arrives
+    in_the_future = delete("2999-01-01", message_id="d")  # takes effect as of its arrival
     assert store.save(**in_the_future).outcome == "stored"
     time.sleep(0.002)  # a later millisecond
     store.save(**track(message_id="later", timestamp=receiver.utc_now()))
@@ -2186,7 +2291,7 @@ def test_a_delete_is_stored_with_nothing_but_its_type_its_ids_and_its_times(
     store: FileStore,
 ) -> None:
     call = delete(DAY_1, message_id="d", context={"ip": "::1"}, note="Ann", sent_at=DAY_2)
-    store.save(**call, received_at={"email": "ann@example.com"})
+    store.save(**call, received_at={"email": "ann@example.com"})  # personal data, not a time
     [(kept,)] = store.find("select call from calls")
     expected = {"type": "delete", "user_id": "u1", "message_id": "d"}
     assert json.loads(kept) == {**expected, "timestamp": DAY_1, "sent_at": DAY_2}
@@ -2260,7 +2365,8 @@ def test_a_delete_does_not_wait_for_a_reader_and_the_next_call_clears_the_wal(
 
 
 def test_the_wal_shrinks_again_after_a_long_running_reader(store: FileStore) -> None:
-    store.save(message_id="before")  # the first batch of a store truncates the WAL in another way
+    # After the first batch of a store, the WAL is truncated explicitly. SQLite does it later.
+    store.save(message_id="before")
     with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as reader:
         reader.execute("begin")
         reader.execute("select count(*) from calls").fetchone()
@@ -2312,7 +2418,9 @@ def test_a_path_that_cannot_be_used_is_refused_and_nothing_is_touched(
     assert {file: file.is_file() and file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_a_wal_is_found_behind_a_symbolic_link(tmp_path: Path) -> None:
+def test_a_link_to_a_missing_database_is_refused_if_a_wal_lies_beside_its_target(
+    tmp_path: Path,
+) -> None:
     wal = tmp_path / "real.db-wal"
     wal.write_bytes(b"WAL")
     link = tmp_path / "link.db"
@@ -2333,7 +2441,7 @@ def test_an_older_sqlite_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         receiver.Store(tmp_path / "calls.db")
 
 
-def test_the_wal_is_copied_into_the_database_at_a_fixed_size(store: FileStore) -> None:
+def test_sqlite_checkpoints_the_wal_once_it_has_wal_pages_pages(store: FileStore) -> None:
     assert store._db.execute("pragma wal_autocheckpoint").fetchone() == (receiver.WAL_PAGES,)
 
 
@@ -2362,12 +2470,15 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def test_a_call_is_synced_to_disk_in_wal_mode_before_it_is_acknowledged(store: FileStore) -> None:
+def test_every_call_is_acknowledged_only_after_a_commit_that_is_synced_to_disk(
+    store: FileStore,
+) -> None:
     statements: list[str] = []
     store._db.set_trace_callback(statements.append)
     for number in range(1, 4):
         assert store.save().status == 200
         assert [text.lower() for text in statements].count("commit") == number
+    # With these settings, SQLite syncs the WAL to disk before a commit returns.
     assert store._db.execute("pragma journal_mode").fetchone() == ("wal",)
     assert store._db.execute("pragma synchronous").fetchone() == (2,)  # full
 
@@ -2397,10 +2508,11 @@ def test_calls_that_wait_together_share_one_transaction(
 def test_a_call_that_the_database_rejects_fails_alone(
     store: FileStore, pool: ThreadPoolExecutor
 ) -> None:
-    store.find(
+    rejecting_u6 = (
         "create trigger t before insert on calls when new.user_id = 'u6'"
         " begin select raise(abort, 'no'); end"
     )
+    rows(store.path, rejecting_u6)
     replies = save_twelve_calls(store, pool, [])
     assert [reply.status for reply in replies] == [200] * 6 + [500] + [200] * 5
     assert store.find("select count(*) from calls") == [(11,)]
@@ -2453,7 +2565,7 @@ def test_a_store_that_cannot_write_now_answers_503_within_5_seconds_and_recovers
         def post_timed(number: int) -> tuple[int, str | None, float]:
             started = time.monotonic()
             call = {**TRACK, "message_id": f"m{number}"}
-            reply = clients[number].send(request(call)).reply()
+            reply = clients[number].send(request(call)).read_reply()
             return reply.status, reply.headers.get("retry-after"), time.monotonic() - started
 
         context = full_disk(process) if fault == "full" else locked(process.database)
@@ -2461,7 +2573,9 @@ def test_a_store_that_cannot_write_now_answers_503_within_5_seconds_and_recovers
             pending = []
             for number in range(10):
                 pending.append(pool.submit(post_timed, number))
-                time.sleep(0.2)  # so that some of them wait for the lock twice
+                # Spread out, so that some wait for the lock twice: while the batch before theirs is
+                # written, and while their own is.
+                time.sleep(0.2)
             for reply in pending:
                 status, retry_after, seconds = reply.result()
                 assert (status, retry_after) == (503, "5")
@@ -2474,16 +2588,12 @@ def test_after_kill_9_every_acknowledged_call_is_there_once(tmp_path: Path) -> N
     sent: set[str] = set()
     acknowledged: set[str] = set()
     chance = random.Random(9)
-    for life in range(6):
-        with RunningReceiver(tmp_path) as process, Load(process, f"life-{life}", 6) as load:
-            enough = chance.randrange(1, 400)
-            wait_until(
-                lambda load=load, enough=enough: len(load.stored) > enough,  # type: ignore[misc]
-                60,
-            )
+    for number in range(6):
+        with RunningReceiver(tmp_path) as process, Load(process, f"run-{number}", 6) as load:
+            load.wait_for_acknowledged(chance.randrange(1, 400))
             process.stop(signal.SIGKILL)
         sent |= load.sent
-        acknowledged |= load.stored
+        acknowledged |= load.acknowledged
         assert [status for status in load.other_statuses if status != 503] == []
     with RunningReceiver(tmp_path) as process, TlsClient(process) as client:
         found = sorted(process.message_ids())
@@ -2510,13 +2620,14 @@ def test_a_second_receiver_waits_while_the_first_creates_the_database(
             return super().execute(sql, *values)
 
     path = tmp_path / "calls.db"
+    # The first receiver is played by this connection, which does what `open_database` does.
     with contextlib.closing(sqlite3.connect(path)) as first:
         first.execute("begin immediate")
         watched = functools.partial(sqlite3.connect, factory=Watched)
         monkeypatch.setattr(sqlite3, "connect", watched)
         opened = pool.submit(receiver.open_database, str(path))
         assert begun.wait(10)
-        with pytest.raises(TimeoutError):
+        with pytest.raises(TimeoutError):  # it still waits for the lock
             opened.result(timeout=0.3)
         for statement in receiver.SCHEMA.split(";"):
             first.execute(statement)
@@ -2539,7 +2650,7 @@ def test_two_receivers_on_one_new_database_neither_lose_nor_duplicate_a_call(
         for load in loads:
             load.wait()
             assert load.other_statuses == []
-            stored |= load.stored
+            stored |= load.acknowledged
         assert sorted(first.message_ids()) == sorted(stored)
         assert len(stored) == 500
 
@@ -2555,7 +2666,8 @@ def test_two_receivers_on_one_new_database_neither_lose_nor_duplicate_a_call(
 
 CHUNKED = "Transfer-Encoding: chunked"
 JSON_TYPE = "Content-Type: application/json"
-SEGMENT_HEADERS = [  # that Segment sends with every call
+# Segment sends these with every call.
+SEGMENT_HEADERS = [
     "User-Agent: Segment.io/1.0",
     "Accept: */*",
     "Cache-Control: no-cache",
@@ -2565,14 +2677,18 @@ SEGMENT_HEADERS = [  # that Segment sends with every call
 
 def request_with_head_of(size: int) -> bytes:
     """A call whose head has this many bytes before the empty line."""
-    empty = request(TRACK, "X: ").index(b"\r\n\r\n")
-    return request(TRACK, "X: " + "y" * (size - empty))
+    unpadded_size = request(TRACK, "X: ").index(b"\r\n\r\n")
+    return request(TRACK, "X: " + "y" * (size - unpadded_size))
 
 
-ARABIC_FIVE = "\xd9\xa5"  # in UTF-8
-SUPERSCRIPT_2 = "\xb2"  # in Latin-1; str.isdigit() is true of it
+# Both are sent in Latin-1. The first one becomes the two bytes of U+0665 in UTF-8. str.isdigit() is
+# true of the second one.
+ARABIC_5 = "\xd9\xa5"
+SUPERSCRIPT_2 = "\xb2"
 
-# Heads that are refused, with the status and the beginning of the message.
+# Heads that are refused, with the status and the beginning of the message. `head` always sends Host
+# and Authorization, so the first line that is given here is header line 3. Heads that do not end in
+# an empty line are refused before they are complete.
 REFUSED_HEADS: dict[str, tuple[list[bytes], int, str]] = {
     "stray or missing whitespace in the request line": (
         [
@@ -2619,7 +2735,7 @@ REFUSED_HEADS: dict[str, tuple[list[bytes], int, str]] = {
         431,
         "Request head must be at most 65536 bytes",
     ),
-    "a bare LF": (
+    "a bare LF in a head that is not complete": (
         [
             b"POST / HTTP/1.1\nHost: x\n\n",
             b"POST / HTTP/1.1\r\nHost: x\n",
@@ -2676,7 +2792,7 @@ REFUSED_HEADS: dict[str, tuple[list[bytes], int, str]] = {
     "a Content-Length that is not plain digits": (
         [
             head(length=text)
-            for text in ("+5", "-5", "5, 5", "0x5", "5 5", "1_0", "5.0", ARABIC_FIVE, SUPERSCRIPT_2)
+            for text in ("+5", "-5", "5, 5", "0x5", "5 5", "1_0", "5.0", ARABIC_5, SUPERSCRIPT_2)
         ],
         400,
         "Content-Length must be an integer without a sign, not '",
@@ -2700,18 +2816,19 @@ REFUSED_HEADS: dict[str, tuple[list[bytes], int, str]] = {
 
 
 @cases("heads, status, message", REFUSED_HEADS)
-def test_a_head_that_is_not_clean_is_refused_and_the_connection_closes(
+def test_a_malformed_or_unsupported_head_is_refused_and_the_connection_closes(
     running: RunningReceiver, heads: list[bytes], status: int, message: str
 ) -> None:
     for data in heads:
         with TlsClient(running) as client:
-            reply = client.send(data).reply()
+            reply = client.send(data).read_reply()
             assert (reply.status, reply.headers["connection"]) == (status, "close"), data[:80]
             assert reply.message.startswith(message), data[:80]
             assert client.is_closed()
 
 
-# A request that a server would find in the body, or after it, if it read the length differently.
+# This request hides in what follows a first head. A server that misjudges where the first body ends
+# would handle it.
 SMUGGLED = request({**TRACK, "message_id": "smuggled"})
 LAST_CHUNK = b"0\r\n\r\n"  # exactly 5 bytes, the Content-Length below
 
@@ -2735,7 +2852,7 @@ def test_no_second_request_can_be_smuggled_behind_the_first(
     running: RunningReceiver, data: bytes
 ) -> None:
     with TlsClient(running) as client:
-        client.send(data).reply()
+        client.send(data).read_reply()
         assert client.is_closed()
     assert "smuggled" not in running.message_ids()
 
@@ -2764,17 +2881,17 @@ KEPT_OPEN = {
 
 
 @cases("data", KEPT_OPEN)
-def test_after_this_request_the_connection_stays_open(
+def test_this_request_is_accepted_and_the_connection_stays_open(
     running: RunningReceiver, data: bytes
 ) -> None:
     with TlsClient(running) as client:
-        reply = client.send(data).reply()
+        reply = client.send(data).read_reply()
         assert (reply.status, reply.headers["connection"]) == (200, "keep-alive")
         assert client.status(request()) == 200
 
 
 # Requests after which the connection closes, and the status of the reply.
-CLOSED: dict[str, tuple[bytes, int]] = {
+CLOSING_REQUESTS: dict[str, tuple[bytes, int]] = {
     "close": (request(TRACK, "connection: Close"), 200),
     "close among other tokens": (request(TRACK, "Connection: x, close"), 200),
     "close in a second header": (
@@ -2805,12 +2922,12 @@ CLOSED: dict[str, tuple[bytes, int]] = {
 }
 
 
-@cases("data, status", CLOSED)
+@cases("data, status", CLOSING_REQUESTS)
 def test_after_this_request_the_connection_closes(
     running: RunningReceiver, data: bytes, status: int
 ) -> None:
     with TlsClient(running) as client:
-        reply = client.send(data).reply()
+        reply = client.send(data).read_reply()
         assert (reply.status, reply.headers["connection"]) == (status, "close")
         assert client.is_closed()
 
@@ -2829,19 +2946,19 @@ def test_a_200_has_only_the_headers_date_connection_and_content_length(
     running: RunningReceiver,
 ) -> None:
     with TlsClient(running) as client:
-        reply = client.send(request()).reply()
+        reply = client.send(request()).read_reply()
     assert list(reply.headers) == ["date", "connection", "content-length"]
 
 
 def test_an_error_reply_is_typed_as_json(running: RunningReceiver) -> None:
     with TlsClient(running) as client:
-        reply = client.send(request({})).reply()
+        reply = client.send(request({})).read_reply()
     assert reply.headers["content-type"] == "application/json"
 
 
 def test_the_date_of_a_reply_is_the_current_time_in_gmt(running: RunningReceiver) -> None:
     with TlsClient(running) as client:
-        date = client.send(request()).reply().headers["date"]
+        date = client.send(request()).read_reply().headers["date"]
     assert date.endswith(" GMT")
     assert abs((parsedate_to_datetime(date) - datetime.now(UTC)).total_seconds()) < 5
 
@@ -2855,18 +2972,18 @@ def record_bytes(record: Record) -> bytes:
 
 
 @cases("record", REFUSED)
-def test_a_refused_request_has_the_same_status_and_message_over_the_network(
+def test_over_the_network_a_refusal_has_the_status_and_message_of_the_fixtures(
     running: RunningReceiver, record: Record
 ) -> None:
     with TlsClient(running) as client:
-        reply = client.send(record_bytes(record)).reply()
+        reply = client.send(record_bytes(record)).read_reply()
     assert reply.status == record.status
     assert reply.message.startswith(record.message)
 
 
-# After these, the connection closes: either it is unknown where the next request begins, or the
-# rest of the body is too long to be discarded.
-CLOSING = {
+# The labels of the records after which the connection closes: either it is unknown where the next
+# request begins, or the rest of the body is too long to be discarded.
+REFUSALS_THAT_CLOSE = {
     "a Transfer-Encoding beside a Content-Length",
     "a Transfer-Encoding without a Content-Length",
     "a Content-Length that is negative",
@@ -2878,20 +2995,30 @@ CLOSING = {
 }
 
 
-@cases("record", {name: record for name, record in REFUSED.items() if name not in CLOSING})
+@cases(
+    "record", {name: record for name, record in REFUSED.items() if name not in REFUSALS_THAT_CLOSE}
+)
 def test_a_refused_request_leaves_the_connection_usable(
     running: RunningReceiver, record: Record
 ) -> None:
     with TlsClient(running) as client:
-        client.send(record_bytes(record)).reply()
+        client.send(record_bytes(record)).read_reply()
         assert client.status(request()) == 200
+
+
+@pytest.mark.parametrize("name", sorted(REFUSALS_THAT_CLOSE))
+def test_after_this_refusal_the_connection_closes(running: RunningReceiver, name: str) -> None:
+    with TlsClient(running) as client:
+        reply = client.send(record_bytes(REFUSED[name])).read_reply()
+        assert reply.headers["connection"] == "close"
+        assert client.is_closed()
 
 
 def test_the_rest_of_a_refused_body_is_discarded_as_it_arrives(running: RunningReceiver) -> None:
     with TlsClient(running) as client:
-        assert client.status(head(length=100_000, api_key="unknown") + b"x" * 10) == 401
+        assert client.status(head(length=100_000, api_key="unknown") + b"x" * 10_000) == 401
         for _ in range(9):
-            client.send(b"x" * 11_110)
+            client.send(b"x" * 10_000)
         assert client.status(request()) == 200
 
 
@@ -2900,7 +3027,9 @@ def test_the_rest_of_a_refused_body_must_arrive_within_the_timeout(
 ) -> None:
     with TlsClient(impatient) as client:
         assert client.status(head(length=100_000, api_key="unknown") + b"x" * 10) == 401
+        started = time.monotonic()
         assert client.is_closed()
+        assert TIMEOUT * 0.8 < time.monotonic() - started < TIMEOUT + 2
 
 
 @on_linux
@@ -2909,26 +3038,28 @@ def test_refused_bodies_do_not_fill_the_memory(tmp_path: Path) -> None:
         assert post(process).status_code == 200
         before = process.memory_mb()
         clients = [stack.enter_context(TlsClient(process)) for _ in range(200)]
-        for client in clients:  # all but the last byte, so that the rest is still to be discarded
+        # The last byte is missing, so the server is still discarding all of these bodies. If it
+        # kept them, they would take 100 MB.
+        for client in clients:
             client.send(head(length=500_000, api_key="unknown") + b"x" * 499_999)
         for client in clients:
-            assert client.reply().status == 401
+            assert client.read_reply().status == 401
         assert process.memory_mb() - before < 40
 
 
 @cases(
     "data, status",
     {
-        "of the health check": (head(method="HEAD", target="/health", api_key=None), 200),
-        "of a method that is not allowed": (head(method="HEAD", api_key=None), 405),
+        "where HEAD is allowed": (head(method="HEAD", target="/health", api_key=None), 200),
+        "where HEAD is not allowed": (head(method="HEAD", api_key=None), 405),
     },
 )
-def test_a_reply_to_the_method_head_has_no_body(
+def test_a_reply_to_a_HEAD_request_has_no_body(  # noqa: N802 - the method's name
     running: RunningReceiver, data: bytes, status: int
 ) -> None:
     with TlsClient(running) as client:
-        assert client.send(data).reply(head_only=True).status == status
-        assert client.status(request()) == 200  # so no body stood in between
+        assert client.send(data).read_reply(head_only=True).status == status
+        assert client.status(request()) == 200  # so there was no body before this reply
 
 
 @cases(
@@ -2938,27 +3069,27 @@ def test_a_reply_to_the_method_head_has_no_body(
         "a bare LF in a head that is incomplete": b"HEAD / HTTP/1.1\nX",
     },
 )
-def test_even_a_malformed_request_with_the_method_head_gets_no_body(
+def test_even_a_malformed_HEAD_request_gets_no_body(  # noqa: N802 - the method's name
     running: RunningReceiver, data: bytes
 ) -> None:
     with TlsClient(running) as client:
-        assert client.send(data).reply(head_only=True).status == 400
+        assert client.send(data).read_reply(head_only=True).status == 400
         assert client.is_closed()
 
 
-def test_bytes_may_be_split_anywhere(running: RunningReceiver) -> None:
+def test_requests_may_arrive_in_pieces_of_any_size(running: RunningReceiver) -> None:
     stream = request() + request({"type": "juggle", "user_id": "u"}) + request(b"[]") + request()
     for size in (len(stream), 100, 7, 1):
         with TlsClient(running) as client:
             for start in range(0, len(stream), size):
                 client.send(stream[start : start + size])
-            assert [client.reply().status for _ in range(4)] == [200, 501, 400, 200]
+            assert [client.read_reply().status for _ in range(4)] == [200, 501, 400, 200]
 
 
 def test_a_head_that_does_not_arrive_in_time_is_408(impatient: RunningReceiver) -> None:
     with TlsClient(impatient) as client:
         started = time.monotonic()
-        reply = client.send(head(length=10)[:-3]).reply()
+        reply = client.send(head(length=10)[:-3]).read_reply()
         assert (reply.status, reply.headers["connection"]) == (408, "close")
         assert reply.message == f"Request head did not arrive within {TIMEOUT} seconds"
         assert TIMEOUT * 0.8 < time.monotonic() - started < TIMEOUT + 2
@@ -2966,7 +3097,7 @@ def test_a_head_that_does_not_arrive_in_time_is_408(impatient: RunningReceiver) 
 
 def test_a_body_that_does_not_arrive_in_time_is_408(impatient: RunningReceiver) -> None:
     with TlsClient(impatient) as client:
-        reply = client.send(head(length=10) + b'{"a":').reply()
+        reply = client.send(head(length=10) + b'{"a":').read_reply()
         assert reply.status == 408
         assert reply.message == f"Body did not arrive within {TIMEOUT} seconds"
 
@@ -3014,14 +3145,14 @@ def test_a_request_that_ends_early_is_400(
     running: RunningReceiver, data: bytes, message: str
 ) -> None:
     with TlsClient(running) as client:
-        reply = client.send(data).half_close().reply()
+        reply = client.send(data).half_close().read_reply()
         assert (reply.status, reply.message) == (400, message)
 
 
 def test_a_client_that_resets_in_the_middle_of_a_body_leaves_one_line_in_the_log(
     running: RunningReceiver,
 ) -> None:
-    before = running.log_length()
+    before = running.flush_log()
     client = TlsClient(running)
     assert client.status(head("Expect: 100-continue", length=len(TRACK_JSON))) == 100
     client.send(TRACK_JSON[:9]).reset()
@@ -3056,9 +3187,15 @@ def test_the_fixtures_hold_the_three_demo_keys() -> None:
     } == KEYS
 
 
-def test_an_entry_may_have_calls_and_expires_which_is_converted_to_utc() -> None:
-    entry = {**ENTRY, "calls": list(receiver.CALL_TYPES), "expires": "2027-01-01T01:00:00+01:00"}
-    expected = receiver.Key("Acme", frozenset(receiver.CALL_TYPES), "2027-01-01T00:00:00.000Z")
+def test_an_entry_may_limit_the_types_of_call() -> None:
+    entry = {**ENTRY, "calls": list(receiver.CALL_TYPES)}
+    expected = receiver.Key("Acme", frozenset(receiver.CALL_TYPES))
+    assert receiver.parse_keys([entry]) == {"0" * 64: expected}
+
+
+def test_the_expiry_of_a_key_is_converted_to_utc() -> None:
+    entry = {**ENTRY, "expires": "2027-01-01T01:00:00+01:00"}
+    expected = receiver.Key("Acme", None, "2027-01-01T00:00:00.000Z")
     assert receiver.parse_keys([entry]) == {"0" * 64: expected}
 
 
@@ -3080,7 +3217,7 @@ EXPIRES_RULE = "expires must be an ISO 8601 time"
         "no digest": ([{"customer": "Acme"}], f"entry 1: {DIGEST_RULE}"),
         "a digest in capitals": ([{**ENTRY, "sha256": "A" * 64}], f"entry 1: {DIGEST_RULE}"),
         "a short digest": ([{**ENTRY, "sha256": "0" * 63}], f"entry 1: {DIGEST_RULE}"),
-        "a mistyped member": ([{**ENTRY, "expirs": 1}], "entry 1: unknown member 'expirs'"),
+        "a misspelled member": ([{**ENTRY, "expirs": 1}], "entry 1: unknown member 'expirs'"),
         "calls that are text": ([{**ENTRY, "calls": "track"}], "entry 1: calls must be an array"),
         "an unknown type": (
             [{**ENTRY, "calls": ["identify", "tarck"]}],
@@ -3186,7 +3323,7 @@ def test_a_running_receiver_reads_changed_keys_within_two_seconds(
     with RunningReceiver(tmp_path, "--api-keys", keys_file) as process:
         assert post(process).status_code == 200
         keys_file.write_text("[]")
-        process.wait_for_log("Reloaded 0 keys from", 2)
+        process.wait_for_log(r"Reloaded .*keys\.json \(keys: 0\)", 2)
         assert post(process).status_code == 401
 
 
@@ -3216,8 +3353,10 @@ def test_how_a_value_is_shown_in_a_line_of_the_log(value: Any, shown: str) -> No
     assert receiver.log_word(value) == shown
 
 
-# A call, its API key, and its log line without the time. The order matters: a duplicate follows its
-# original, and a forgotten call follows the delete.
+# A call, its API key, and its log line without the time. A line has the status, the type, the
+# customer, the user, the event or name, the outcome (unless it is `stored`), the duration and the
+# message; "-" means none. The order matters: a duplicate follows its original, and a call that is
+# forgotten follows a delete with a later date.
 LOGGED: dict[str, tuple[dict[str, Any], str, str]] = {
     "accepted": (
         {**TRACK, "event": "Two Words", "message_id": "log-1"},
@@ -3279,7 +3418,7 @@ def test_the_log_has_one_line_for_each_request(tmp_path: Path) -> None:
 
 
 def test_the_time_of_a_log_line_is_in_utc(running: RunningReceiver) -> None:
-    before = running.log_length()
+    before = running.flush_log()
     post(running, {**TRACK, "user_id": "log-time"})
     running.wait_for_log("log-time")
     logged = datetime.fromisoformat(running.log[before:].split(" ")[0])
@@ -3292,7 +3431,7 @@ def test_under_load_each_request_is_one_whole_line(tmp_path: Path) -> None:
             load.wait()
         assert process.stop() == 0
         pattern = rf"^{TIME} 200 track demo u1 'Signed Up' \d+\.\d ms$"
-        assert len(load.stored) == 32 * 100
+        assert len(load.acknowledged) == 32 * 100
         assert len(re.findall(pattern, process.log, re.M)) == 32 * 100
 
 
@@ -3320,8 +3459,8 @@ def test_verbose_does_not_indent_each_level_of_a_deep_call(tmp_path: Path) -> No
         deep = [deep]
     with RunningReceiver(tmp_path, "--verbose") as process, TlsClient(process) as client:
         assert client.status(request({**TRACK, "properties": {"a": deep}})) == 200
-        # The call has some 90 KB. With each of its levels indented, it would have over 50 MB.
-        assert 60_000 < process.log_length() < 1_000_000
+        # The call is about 90 KB long. If every level were indented, it would take over 50 MB.
+        assert 60_000 < process.flush_log() < 1_000_000
 
 
 def spoil(call: receiver.Call) -> None:
@@ -3412,7 +3551,7 @@ def test_no_api_key_appears_in_the_keys_file_the_log_or_a_reply(tmp_path: Path) 
         ]
         with TlsClient(process) as client:
             data = head(f"Authorization : {basic(api_key)}", api_key=None)
-            malformed = client.send(data).reply()
+            malformed = client.send(data).read_reply()
         assert process.stop() == 0
         texts = [process.log, keys.read_text(), str(malformed)]
         texts += [f"{reply.headers}{reply.text}" for reply in replies]
@@ -3422,13 +3561,13 @@ def test_no_api_key_appears_in_the_keys_file_the_log_or_a_reply(tmp_path: Path) 
 
 
 @on_linux
-def test_a_log_on_a_full_disk_fails_no_request(tmp_path: Path) -> None:
+def test_requests_succeed_even_if_the_log_is_on_a_full_disk(tmp_path: Path) -> None:
     with RunningReceiver(tmp_path, log="/dev/full") as process, TlsClient(process) as client:
         assert {client.status(request()) for _ in range(500)} == {200}
         assert process.stop() == 0
 
 
-def test_a_stalled_reader_of_the_log_delays_no_request_and_dropped_lines_are_counted(
+def test_a_stalled_reader_of_the_log_delays_nothing_and_dropped_lines_are_counted(
     tmp_path: Path,
 ) -> None:
     reading, writing = os.pipe()
@@ -3437,15 +3576,17 @@ def test_a_stalled_reader_of_the_log_delays_no_request_and_dropped_lines_are_cou
         with TlsClient(process) as client:
             for _ in range(130):  # 5.2 MB, more than MAX_LOG_BUFFER
                 assert client.status(request({**TRACK, "note": "x" * 40_000})) == 200
-        process.send_signal(signal.SIGUSR1)  # its handling writes to the log, too
+        # The main thread logs this change of maintenance, so a stalled log must not block it.
+        process.send_signal(signal.SIGUSR1)
         wait_until(lambda: post(process).status_code == 503)
         process.send_signal(signal.SIGTERM)
         with open(reading, "rb") as log:
             text = log.read().decode()
-        assert process.process.wait(15) == 0
-    found = re.search(rf"^{TIME} (\d+) log lines were dropped$", text, re.M)
+        assert process.popen.wait(15) == 0
+    found = re.search(rf"^{TIME} Log lines dropped: (\d+)$", text, re.M)
     assert found
-    # Each call has five lines: that of the request, and one for each of its four members.
+    # Each long call has five lines: that of the request, and one for each of its four members. The
+    # lines after them are short enough for the rest of the buffer.
     calls_written = text.count("    note: ")
     assert int(found[1]) == 5 * (130 - calls_written)
 
@@ -3496,7 +3637,7 @@ def test_beyond_max_connections_the_longest_idle_one_makes_room(tmp_path: Path) 
         assert [first.status(request()), third.status(request())] == [200, 200]
 
 
-def test_if_none_is_idle_the_oldest_without_a_complete_head_makes_room(
+def test_if_no_connection_is_idle_the_oldest_without_a_complete_head_makes_room(
     tmp_path: Path,
 ) -> None:
     with (
@@ -3505,20 +3646,21 @@ def test_if_none_is_idle_the_oldest_without_a_complete_head_makes_room(
     ):
         oldest = stack.enter_context(connect(process))
         assert post(process).status_code == 200  # so that the server has accepted the oldest
+        request_line, line_end, rest = request().partition(b"\r\n")
         half_head = stack.enter_context(TlsClient(process))
-        half_head.send(b"POST / HTTP/1.1\r\n")
+        half_head.send(request_line + line_end)
         busy = stack.enter_context(TlsClient(process))
         assert busy.status(head("Expect: 100-continue", length=len(TRACK_JSON))) == 100
-        # This waits until the oldest connection is old enough to be evicted.
+        # The next connection has to wait until the oldest one is old enough to be evicted.
         assert stack.enter_context(TlsClient(process)).status(request()) == 200
         assert oldest.recv(1) == b""
-        assert half_head.status(request().partition(b"\r\n")[2]) == 200
+        assert half_head.status(rest) == 200
         assert busy.status(TRACK_JSON) == 200
         assert process.stop() == 0
-        assert "Connection from" not in process.log
+        assert "Connection from" not in process.log  # the eviction is not logged as an error
 
 
-def test_a_connection_that_is_evicted_in_the_middle_of_its_head_gets_no_reply(
+def test_a_connection_evicted_in_the_middle_of_its_head_gets_no_reply_and_no_log_line(
     tmp_path: Path,
 ) -> None:
     with RunningReceiver(tmp_path, "--max-connections", "1") as process:
@@ -3542,7 +3684,8 @@ def test_new_connections_wait_if_all_others_are_busy(
         for client in (first, second):  # the 100 proves that the server has read both heads
             assert client.status(head("Expect: 100-continue", length=len(TRACK_JSON))) == 100
         third = pool.submit(post, process)
-        time.sleep(1.5)  # past NEWCOMER_AGE, so age no longer protects the others
+        # Longer than NEWCOMER_AGE, so being new no longer protects the first two.
+        time.sleep(1.5)
         assert not third.done()
         assert first.status(TRACK_JSON) == 200
         assert third.result().status_code == 200
@@ -3568,7 +3711,8 @@ def test_when_descriptors_run_out_the_longest_idle_connection_makes_room(tmp_pat
         assert post(process).status_code == 200
         used = process.open_files()
         hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)[1]
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (used + 5, hard))
+        room = 5  # for only a few more connections
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (used + room, hard))
         first, second = [stack.enter_context(TlsClient(process)) for _ in range(2)]
         assert second.status(request()) == 200
         for _ in range(20):
@@ -3639,7 +3783,7 @@ def test_an_unlimited_number_of_open_files_stays_unlimited(monkeypatch: pytest.M
     receiver.raise_file_limit(1000)
 
 
-def test_after_a_reload_the_certificate_is_not_read_again(tmp_path: Path) -> None:
+def test_one_sighup_reads_the_certificate_only_once(tmp_path: Path) -> None:
     with RunningReceiver(tmp_path) as process:
         process.send_signal(signal.SIGHUP)
         process.wait_for_log("Reloaded the certificate")
@@ -3665,7 +3809,7 @@ receiver.main(Broken())
 def test_if_the_accept_thread_ends_unexpectedly_main_ends_with_status_1(tmp_path: Path) -> None:
     with run_program(tmp_path, BREAKS_THE_ACCEPT_THREAD) as process:
         post(process)
-        assert process.process.wait(15) == 1
+        assert process.popen.wait(15) == 1
         assert "The receiver has failed" in process.log
 
 
@@ -3684,7 +3828,7 @@ receiver.main(Broken())
 def test_if_the_writer_ends_unexpectedly_main_ends_with_status_1(tmp_path: Path) -> None:
     with run_program(tmp_path, ENDS_THE_WRITER) as process:
         assert post(process).status_code == 503
-        assert process.process.wait(15) == 1
+        assert process.popen.wait(15) == 1
         assert "the destination has failed" in process.log
 
 
@@ -3717,7 +3861,7 @@ def test_maintenance_is_toggled_by_sigusr1(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: str(number.name)
 )
-def test_a_signal_ends_it_with_status_0_without_waiting_for_idle_connections(
+def test_sigterm_and_sigint_end_it_with_status_0_without_waiting_for_idle_connections(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     with (
@@ -3756,10 +3900,10 @@ def test_a_stop_finishes_the_requests_in_flight() -> None:
 
 def test_a_stop_under_load_loses_no_acknowledged_call(tmp_path: Path) -> None:
     with RunningReceiver(tmp_path) as process, Load(process, "load", 8) as load:
-        wait_until(lambda: len(load.stored) > 200)
+        wait_until(lambda: len(load.acknowledged) > 200)
         assert process.stop() == 0
     assert set(load.other_statuses) <= {503}
-    assert load.stored <= set(process.message_ids())
+    assert load.acknowledged <= set(process.message_ids())
     assert "Traceback" not in process.log
 
 
@@ -3773,7 +3917,7 @@ def test_a_request_that_is_still_incomplete_after_the_shutdown_grace_is_503(
         assert process.stop() == 0
         grace = receiver.SHUTDOWN_GRACE
         assert grace <= time.monotonic() - started < grace + 3
-        reply = client.reply()
+        reply = client.read_reply()
         assert (reply.status, reply.message) == (503, "Shutting down")
 
 
@@ -3793,7 +3937,8 @@ receiver.main(Hanging())
 
 
 def test_if_a_destination_hangs_in_close_the_process_is_ended_by_force(tmp_path: Path) -> None:
-    assert receiver.FORCED_EXIT_AFTER < 10  # when service managers kill; the program shortens it
+    # Service managers kill a process after 10 seconds or more. HANGS_IN_CLOSE sets 2 seconds.
+    assert receiver.FORCED_EXIT_AFTER < 10
     with run_program(tmp_path, HANGS_IN_CLOSE) as process:
         assert post(process).status_code == 200
         started = time.monotonic()
@@ -3940,7 +4085,8 @@ def test_tls_1_2_and_1_3_are_spoken_with_forward_secrecy(
         cipher = client.tls.cipher()
         assert str(client.tls.version()).replace(".", "_") == version
         assert cipher
-        assert cipher[0].startswith("TLS_" if version == "TLSv1_3" else "ECDHE-")
+        # All ciphers of TLS 1.3 (TLS_…) have forward secrecy, and those of TLS 1.2 with ECDHE.
+        assert cipher[0].startswith(("TLS_", "ECDHE-"))
 
 
 def test_http_1_1_is_chosen_by_alpn(running: RunningReceiver) -> None:
@@ -3984,14 +4130,16 @@ def trickle_a_head(process: RunningReceiver) -> bytes:
         client.tls.settimeout(0.2)
         client.send(b"POST /")
         for _ in range(50):
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(TimeoutError):  # no reply within 0.2 seconds
                 return client.tls.recv(65_536)
             client.send(b"a")
     return b""
 
 
 @on_linux
-def test_clients_that_stall_or_trickle_are_disconnected_after_the_timeout(tmp_path: Path) -> None:
+def test_clients_that_stall_or_trickle_are_disconnected_and_disturb_no_other(
+    tmp_path: Path,
+) -> None:
     with RunningReceiver(tmp_path, "--timeout", "3") as process:
         assert post(process).status_code == 200
         wait_until(lambda: process.threads() <= THREADS_AT_REST)
@@ -4001,10 +4149,13 @@ def test_clients_that_stall_or_trickle_are_disconnected_after_the_timeout(tmp_pa
             handshakes = [clients.submit(stall_in_handshake, process) for _ in range(60)]
             bodies = [clients.submit(stall_in_body, process) for _ in range(60)]
             trickles = [clients.submit(trickle_a_head, process) for _ in range(180)]
-            assert {future.result() for future in handshakes} == {b""}
-            assert {future.result()[:13] for future in [*bodies, *trickles]} == {b"HTTP/1.1 408 "}
+            for handshake in handshakes:
+                assert handshake.result() == b""
+            for slow_request in [*bodies, *trickles]:
+                assert slow_request.result().startswith(b"HTTP/1.1 408 ")
             assert time.monotonic() - started < 8
-        assert len(load.stored) > 100
+        # Meanwhile, a normal client was served. Afterwards, everything is released.
+        assert len(load.acknowledged) > 100
         assert load.other_statuses == []
         wait_until(
             lambda: process.threads() <= THREADS_AT_REST and process.open_files() <= files_at_rest
@@ -4012,7 +4163,11 @@ def test_clients_that_stall_or_trickle_are_disconnected_after_the_timeout(tmp_pa
 
 
 def receive_queue(server_port: int, client_port: int) -> int | None:
-    """The bytes that a server has not read from a connection, or None if it no longer exists."""
+    """The bytes that a server has not read from a connection, or None if it no longer exists.
+
+    A line of /proc/net/tcp has the local address, the remote address, the state, and the lengths of
+    the send queue and the receive queue, all in hexadecimal. 0100007F is 127.0.0.1.
+    """
     pattern = rf":{server_port:04X} 0100007F:{client_port:04X} \S+ \w+:(\w+)"
     found = re.search(pattern, Path("/proc/net/tcp").read_text())
     return int(found[1], 16) if found else None
@@ -4025,14 +4180,14 @@ def test_a_client_that_stops_reading_replies_is_disconnected_after_the_timeout(
     with TlsClient(impatient) as client:
         ports = urlsplit(impatient.url).port or 0, client.tls.getsockname()[1]
         assert client.status(request()) == 200
-        # Send requests until the replies fill all buffers, and the server no longer reads.
-        stuck_since = None
-        while stuck_since is None or time.monotonic() - stuck_since < 0.3:
+        # Send requests until the replies fill all buffers, and the server has left something unread
+        # for 0.3 seconds.
+        last_read = time.monotonic()
+        while time.monotonic() - last_read < 0.3:
             if receive_queue(*ports):
-                stuck_since = stuck_since or time.monotonic()
                 time.sleep(0.01)
             else:
-                stuck_since = None
+                last_read = time.monotonic()
                 client.send(head(target="/" + "x" * 70, length=0) * 50)
         wait_until(lambda: receive_queue(*ports) is None, 8)
     assert post(impatient).status_code == 200
@@ -4071,7 +4226,7 @@ def object_with_keys(parts: Sequence[str], repeat: int) -> bytes:
         "a long fraction": (track_with('{"a": 0.' + "1" * 500_000 + "}"), 200),
         "a very long integer": (track_with('{"a": ' + "1" * 500_000 + "}"), 400),
         "an unterminated string of quotes": (track_with('"' + r"\"" * 250_000), 400),
-        "a charset in 5,000 parts (RFC 2231)": (
+        "a charset whose part number has 5,000 digits (RFC 2231)": (
             request(TRACK, f"{JSON_TYPE}; charset*{'0' * 5000}=utf-8"),
             200,
         ),
@@ -4130,7 +4285,7 @@ def test_any_text_in_an_id_is_stored_as_it_was_sent_and_forges_no_line(
     [found] = rows(running.database, query, value)
     assert found[:2] == (value, value)
     assert json.loads(found[2]) == call
-    running.log_length()  # waits until the line is in the log
+    running.flush_log()  # waits until the line is in the log
     assert not re.search("^Forged|\x1b", running.log, re.M)
 
 
@@ -4176,7 +4331,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutated_request(rng: random.Random) -> bytes:
-    """A valid request that is mutated anywhere, or one of which only the body is mutated."""
+    """A valid request with mutations anywhere, or one with mutations only in its body."""
     if rng.random() < 0.6:
         return mutate(rng.choice(VALID), rng)
     return request(mutate(TRACK_JSON, rng))
@@ -4189,12 +4344,12 @@ def test_mutated_heads_raise_nothing_but_refusals() -> None:
         data = mutate(rng.choice(VALID), rng).partition(b"\r\n\r\n")[0]
         try:
             receiver.parse_head(data.decode("latin-1"))
-        except receiver.Refusal:
+        except receiver.Refusal:  # any other exception fails the test
             refused += 1
-    assert 1000 < refused < 4900
+    assert 1000 < refused < 4900  # most mutations do damage, but not all
 
 
-def test_any_mutation_of_a_request_is_answered_without_an_internal_error(
+def test_mutated_requests_never_cause_an_internal_error_or_a_partial_reply(
     running: RunningReceiver,
 ) -> None:
     rng = random.Random(5)
@@ -4203,10 +4358,10 @@ def test_any_mutation_of_a_request_is_answered_without_an_internal_error(
     for _ in range(800):
         with TlsClient(running, context) as client:
             client.send(mutated_request(rng) + mutated_request(rng)).half_close()
-            while status := client.reply().status:
+            while status := client.read_reply().status:
                 statuses.append(status)
-            assert client.buffer == b""
-    assert len(statuses) > 800
+            assert client.buffer == b""  # no partial reply
+    assert len(statuses) > 800  # most connections got at least one reply
     assert set(statuses) <= {100, 200, 400, 401, 404, 405, 411, 413, 415, 431, 501, 505}
 
 
@@ -4224,7 +4379,7 @@ def test_any_mutation_of_a_request_is_answered_without_an_internal_error(
 def test_noise_on_the_port_leaves_one_line_in_the_log(
     running: RunningReceiver, noise: bytes
 ) -> None:
-    before = running.log_length()
+    before = running.flush_log()
     received = bytearray()
     with connect(running) as sock, contextlib.suppress(ConnectionError):
         sock.sendall(noise)
@@ -4239,10 +4394,10 @@ def test_noise_on_the_port_leaves_one_line_in_the_log(
 def test_a_client_that_only_probes_the_port_leaves_no_line_in_the_log(
     running: RunningReceiver,
 ) -> None:
-    before = running.log_length()
+    before = running.flush_log()
     for _ in range(20):
         connect(running).close()
-    after = running.log_length()
+    after = running.flush_log()
     lines = running.log[before:after].splitlines()
     assert [line for line in lines if " mark-" not in line] == []
 
@@ -4250,22 +4405,25 @@ def test_a_client_that_only_probes_the_port_leaves_no_line_in_the_log(
 def test_clients_that_reset_during_the_handshake_leave_no_traceback(
     running: RunningReceiver,
 ) -> None:
-    before = running.log_length()
+    before = running.flush_log()
     for number in range(300):
         with connect(running) as sock:
             sock.send(b"\x16\x03\x01"[: number % 3])
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
     assert post(running).status_code == 200
-    after = running.log_length()
+    after = running.flush_log()
     assert "Traceback" not in running.log[before:after]
 
 
 @on_linux
-def test_mutated_requests_leave_no_threads_files_or_memory_behind(tmp_path: Path) -> None:
+def test_mutated_requests_leave_no_threads_files_memory_or_tracebacks_behind(
+    tmp_path: Path,
+) -> None:
     with RunningReceiver(tmp_path, "--timeout", "1") as process:
         assert post(process).status_code == 200
         wait_until(lambda: process.threads() <= THREADS_AT_REST)
         files_at_rest = process.open_files()
+        memory_before = process.memory_mb()
         rng = random.Random(6)
         for _ in range(200):
             with contextlib.suppress(OSError), TlsClient(process) as client:
@@ -4275,15 +4433,14 @@ def test_mutated_requests_leave_no_threads_files_or_memory_behind(tmp_path: Path
         wait_until(
             lambda: process.threads() <= THREADS_AT_REST and process.open_files() <= files_at_rest
         )
-        assert process.memory_mb() < 150
-        assert rows(process.database, "pragma integrity_check") == [("ok",)]
+        assert process.memory_mb() - memory_before < 30
         assert "Traceback" not in process.log
 
 
 # ==================================================================================================
 # Part 4. Entry points
 #
-# `serve` inside a program, `main` in a program with its own destination, the command line and its
+# `main` in a program with its own destination, `serve` inside a program, the command line and its
 # error messages, and adding API keys.
 # ==================================================================================================
 
@@ -4304,7 +4461,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_program_with_its_own_destination_answers_what_its_methods_say(tmp_path: Path) -> None:
+def test_the_methods_of_a_program_decide_how_its_calls_are_answered(tmp_path: Path) -> None:
     with run_program(tmp_path, CONTACTS) as process:
         process.wait_for_log("^Calls go to Contacts.$")
         for traits, status in (({}, 400), ({"email": "@"}, 202), ({"email": ""}, 500)):
@@ -4347,11 +4504,15 @@ def test_a_program_may_pass_its_own_store(tmp_path: Path) -> None:
     assert (tmp_path / "own.db").exists()
 
 
-def test_serve_answers_until_its_with_block_ends() -> None:
+def test_serve_takes_the_server_options_as_keyword_arguments() -> None:
     with receiver.serve(Recorder(), port=0, path="/in", max_body=200) as server:
         assert server.url.endswith("/in")
-        assert post(server).status_code == 200
         assert post(server, {**TRACK, "context": {"title": "x" * 200}}).status_code == 413
+
+
+def test_serve_answers_until_its_with_block_ends() -> None:
+    with receiver.serve(Recorder(), port=0) as server:
+        assert post(server).status_code == 200
     with pytest.raises(requests.ConnectionError):
         post(server)
 
@@ -4379,7 +4540,7 @@ def test_two_servers_on_port_0_have_different_ports() -> None:
         assert one.url != other.url
 
 
-class Closing(Recorder):
+class CountsCloses(Recorder):
     """A destination that counts how often it is closed."""
 
     closed = 0
@@ -4389,7 +4550,7 @@ class Closing(Recorder):
 
 
 def test_a_server_closes_its_destination_exactly_once() -> None:
-    destination = Closing()
+    destination = CountsCloses()
     with receiver.serve(destination, port=0) as server:
         server.stop()
         assert destination.closed == 1
@@ -4397,7 +4558,7 @@ def test_a_server_closes_its_destination_exactly_once() -> None:
 
 
 def test_a_server_that_cannot_start_does_not_close_the_destination() -> None:
-    destination = Closing()
+    destination = CountsCloses()
     with receiver.serve(Recorder(), port=0) as server:
         taken = urlsplit(server.url).port
         with pytest.raises(
@@ -4483,7 +4644,7 @@ def test_the_first_line_says_where_it_listens(running: RunningReceiver) -> None:
 
 
 def test_the_startup_hints_work_as_pasted(running: RunningReceiver) -> None:
-    running.wait_for_log("^Warning: fixtures/keys.json holds demo keys")
+    running.wait_for_log("^Warning: fixtures/keys.json contains demo keys, which are public")
     shown = command("sh", "-c", running.wait_for_log(r"^ +(curl .*)$")[1])
     assert shown.stdout.startswith("HTTP/1.1 200 OK")
     shown = command("sh", "-c", running.wait_for_log(r"^ +(sqlite3 .*)$")[1])
@@ -4518,10 +4679,10 @@ def test_the_hints_are_quoted_for_the_shell(tmp_path: Path) -> None:
 
 
 def test_standard_output_is_only_the_line_that_says_where_it_listens(tmp_path: Path) -> None:
-    with RunningReceiver(tmp_path) as process:
+    with RunningReceiver(tmp_path) as process:  # this reads that line
         assert post(process).status_code == 200
         process.send_signal(signal.SIGTERM)
-        assert process.process.communicate(timeout=15)[0] == ""
+        assert process.popen.communicate(timeout=15)[0] == ""
 
 
 @cases(
@@ -4539,12 +4700,23 @@ def test_the_url_that_it_prints_can_be_used(tmp_path: Path, bind: str, url: str)
     with RunningReceiver(tmp_path, *options) as process:
         assert re.fullmatch(url, process.url)
         assert post(process, api_key=api_key).status_code == 200
+        assert process.url in shlex.split(process.wait_for_log("curl.*")[0])
+
+
+def test_without_demo_keys_there_is_no_warning_and_the_hint_has_a_placeholder(
+    tmp_path: Path,
+) -> None:
+    keys = tmp_path / "keys.json"
+    add_key("Acme", "--api-keys", keys)
+    with RunningReceiver(tmp_path, "--api-keys", keys) as process:
+        assert "YOUR_API_KEY:" in shlex.split(process.wait_for_log("curl.*")[0])
+        assert process.stop() == 0
         assert "demo key" not in process.log
-        hint = shlex.split(process.wait_for_log("curl.*")[0])
-        assert {"YOUR_API_KEY:", process.url} <= set(hint)
 
 
-def test_a_change_that_adds_demo_keys_is_refused_beyond_loopback(tmp_path: Path) -> None:
+def test_demo_keys_in_a_changed_file_are_refused_if_others_can_reach_the_receiver(
+    tmp_path: Path,
+) -> None:
     keys = tmp_path / "keys.json"
     api_key = add_key("Acme", "--api-keys", keys).stdout.strip()
     with RunningReceiver(tmp_path, "--api-keys", keys, "--bind", "0.0.0.0") as process:
@@ -4579,16 +4751,23 @@ def test_version_is_printed() -> None:
     assert (shown.returncode, shown.stdout) == (0, f"receiver.py {receiver.__version__}\n")
 
 
-DEMO = (
-    "fixtures/keys.json holds a demo key, which everybody knows, so --bind must be a loopback"
+DEMO_KEYS_REFUSED = (
+    "fixtures/keys.json contains a demo key, which is public, so --bind must be a loopback"
     " address; make your own keys with --add-key CUSTOMER --api-keys FILE"
 )
-NOT_A_PAIR = "not a certificate and its unencrypted private key in PEM"
+NOT_A_PAIR = "must be a certificate and its private key, unencrypted, in PEM"
 PATH_RULE = (
-    "argument --path: must begin with a slash, and have only visible ASCII characters except ? and"
-    " #, not "
+    "argument --path: must be a slash, followed by visible ASCII characters other than ? and #,"
+    " not "
 )
-NO_CERT = "nowhere.pem: No such file or directory; `make certs` makes a self-signed pair"
+NO_CERT = (
+    "nowhere.pem: No such file or directory; `make certs` creates a self-signed certificate and"
+    " its key"
+)
+CALLS_OPTION_RULE = (
+    "argument --calls: must contain only types of call"
+    " (identify, track, page, group, delete, screen, alias), not "
+)
 
 # The words of a command line, and the one line that is printed.
 MISTAKES: dict[str, tuple[list[str], str]] = {
@@ -4600,7 +4779,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--port", "http"],
         "argument --port: must be an integer from 0 to 65535, not 'http'",
     ),
-    "no port": (["--port"], "argument --port: expected one argument"),
+    "port without a value": (["--port"], "argument --port: expected one argument"),
     "bind to a name": (
         ["--bind", "localhost"],
         "argument --bind: must be an IPv4 or IPv6 address, not 'localhost'",
@@ -4639,31 +4818,31 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--quiet", "--verbose"],
         "argument --verbose: not allowed with argument --quiet",
     ),
-    "no keys file": (
+    "a keys file that does not exist": (
         ["--api-keys", "nowhere.json"],
         "nowhere.json: No such file or directory",
     ),
     "a folder as keys file": (["--api-keys", "."], ".: not a regular file"),
-    "something else as keys file": (
+    "a keys file that is not an array": (
         ["--api-keys", "fixtures/track.json"],
         "fixtures/track.json: must be a JSON array",
     ),
-    "no certificate": (["--tls-cert", "nowhere.pem"], NO_CERT),
-    "no private key": (["--tls-key", "nowhere.pem"], NO_CERT),
-    "something else as private key": (
+    "a certificate that does not exist": (["--tls-cert", "nowhere.pem"], NO_CERT),
+    "a private key that does not exist": (["--tls-key", "nowhere.pem"], NO_CERT),
+    "a private key that is not one": (
         ["--tls-key", "fixtures/keys.json"],
         f"certs/localhost.pem, fixtures/keys.json: {NOT_A_PAIR}",
     ),
-    "something else as certificate": (
+    "a certificate that is not one": (
         ["--tls-cert", "README.md"],
         f"README.md, certs/localhost-key.pem: {NOT_A_PAIR}",
     ),
-    "something else as database": (
+    "a database that is not one": (
         ["--database", "README.md"],
         "README.md: not a database of calls",
     ),
     "a folder as database": (["--database", "."], ".: not a regular file"),
-    "a database in no folder": (
+    "a database in a missing folder": (
         ["--database", "nowhere/calls.db"],
         "nowhere/calls.db: No such file or directory",
     ),
@@ -4671,7 +4850,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--database", ""],
         "the name of the database must not be empty",
     ),
-    "demo keys beyond loopback": (["--bind", "0.0.0.0"], DEMO),
+    "demo keys on an address that others can reach": (["--bind", "0.0.0.0"], DEMO_KEYS_REFUSED),
     "calls without add-key": (["--calls", "track"], "--calls and --expires need --add-key"),
     "expires without add-key": (
         ["--expires", "2999-01-01"],
@@ -4683,7 +4862,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "add-key with a misspelled type of call": (
         ["--add-key", "A", "--calls", "identify,tarck", "--api-keys", "k.json"],
-        f"argument --calls: {CALLS_RULE.removeprefix('calls ')}'tarck'",
+        f"{CALLS_OPTION_RULE}'tarck'",
     ),
     "add-key with a date in words": (
         ["--add-key", "A", "--expires", "soon", "--api-keys", "k.json"],
@@ -4693,13 +4872,13 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--add-key=", "--api-keys", "k.json"],
         f"argument --add-key: {CUSTOMER_RULE}",
     ),
-    "add-key to a file that holds no keys": (
+    "add-key to a file that is not JSON": (
         ["--add-key", "A", "--api-keys", "README.md"],
         "README.md: must be JSON: syntax error at line 1, column 1",
     ),
     "add-key in a missing folder": (
         ["--add-key", "A", "--api-keys", "nowhere/k.json"],
-        "nowhere/k.json: No such file or directory",
+        "cannot write nowhere/k.json: No such file or directory",
     ),
 }
 
@@ -4711,7 +4890,7 @@ def test_a_mistake_prints_one_line_on_standard_error_and_exits_with_2(
     usual = ["--port=0", f"--database={tmp_path / 'calls.db'}"]
     done = command(*RECEIVER, *usual, *words)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"receiver.py: {line}\n")
-    assert not (HERE / "k.json").exists()  # which some of the mistakes name for --add-key
+    assert not (HERE / "k.json").exists()  # a mistake with --add-key must not make the file
 
 
 # ---- Adding an API key ---------------------------------------------------------------------------
@@ -4730,6 +4909,13 @@ def test_add_key_prints_the_key_and_stores_only_its_digest(tmp_path: Path) -> No
     assert re.fullmatch(r"[\w-]{43}", api_key)
     assert done.stderr == f"Added a key for Acme to {keys}. The key will not be shown again.\n"
     assert json.loads(keys.read_text()) == [{"customer": "Acme", "sha256": digest(api_key)}]
+
+
+def test_a_new_keys_file_can_be_read_only_by_its_owner_and_nothing_lies_beside_it(
+    tmp_path: Path,
+) -> None:
+    keys = tmp_path / "keys.json"
+    add_key("Acme", "--api-keys", keys)
     assert keys.stat().st_mode & 0o777 == 0o600
     assert list(tmp_path.iterdir()) == [keys]
 
@@ -4816,11 +5002,15 @@ def test_an_added_key_permits_only_its_calls(tmp_path: Path) -> None:
 # ==================================================================================================
 # The conformance kit
 #
-# It checks any endpoint by its address and API keys, and knows nothing of receiver.py. Most checks
-# are data: fixtures/conformance.json has requests, and the statuses that are expected. A MUST comes
-# from the first published page of the protocol, or follows from it; breaking almost any of them
-# loses or repeats customers' data. A SHOULD comes from later revisions, from HTTP and TLS, or from
-# experience with real senders.
+# Given an address and API keys, it checks any endpoint. `make conformance` runs it; the section
+# "Test your own endpoint" of README.md explains the report, and variables such as CALLS. The kit
+# knows nothing of receiver.py.
+#
+# Most checks are data: fixtures/conformance.json has requests, and the statuses that are expected.
+# A MUST comes from the first published page of the protocol, or follows from it; nearly every
+# broken one loses or repeats customers' data. A SHOULD comes from later revisions, from HTTP and
+# TLS, or from experience with real senders. To add a check, add an entry to conformance.json, and a
+# fault that breaks it to FAULTS.
 # ==================================================================================================
 
 CONFORMANCE = json.loads((FIXTURES / "conformance.json").read_text())
@@ -4831,25 +5021,25 @@ NUMBERS = itertools.count(1)
 
 NOT_JSON = object()
 
-REPLY_SECONDS = 5.0  # Segment waits no longer
+REPLY_SECONDS = 5.0  # Segment waits no longer than this
 RUN_SECONDS = 38.0  # after this, no new request is sent
 MAX_REPLY = 65_536  # bytes
 
 
 class NotCheckedError(Exception):
-    """A check cannot be made; the text says why."""
+    """A check cannot be run; the text says why."""
 
 
 class CutShortError(NotCheckedError):
-    """A check cannot be made because of the endpoint, or for lack of time."""
+    """A check cannot be run because the endpoint refuses connections, or time ran out."""
 
 
 class NoReplyError(Exception):
-    """The endpoint did not reply; the text says how."""
+    """No complete reply came; the text says what came instead."""
 
 
 class BrokenError(Exception):
-    """The endpoint does not do what a check says; the text says what it does."""
+    """The endpoint does not do what the sentence of a check says; the text says what it does."""
 
 
 class Target(NamedTuple):
@@ -4891,15 +5081,28 @@ Transport = Callable[[KitRequest], KitReply]
 
 # ---- Requests ------------------------------------------------------------------------------------
 #
-# A request of conformance.json is a good call of a `type` with changes. `set` replaces or adds
-# fields, `remove` and `only` leave fields out, `raw` adds a member as text, and `camel_case`
-# respells the keys. `body` and `body_base64` replace the whole body. `method`, `headers`, `scheme`,
-# `credentials` and `credentials_base64` replace those of the good call. `unsupported` means that
-# the request is sent only if its type is not in CALLS.
+# The format of conformance.json: `calls` has a plain call of each type, and `common` the fields
+# that all of them have. A check has its `level`, the `section` that is its source, its `sentence`,
+# the `requests` to send, and the `statuses` that are expected for each of them; 4xx stands for any
+# status from 400 to 499. `may_crash` marks checks whose requests crash many endpoints.
 #
-# The type {last} is the last one in CALLS. In a value, {run} is the user id of the run, {now} the
-# current time, and {"$repeat": ["x", 9]} a text repeated 9 times. In `raw`, {deep} is deep nesting,
-# and {digits} a long number. In `credentials`, CREDENTIAL_NAMES says what the placeholders mean.
+# A request starts from the plain call of its `type`, or of track if it has none:
+#
+#     type                          {last} is the last type in CALLS
+#     set                           replaces or adds these fields
+#     remove                        leaves these fields out
+#     only                          leaves all other fields out
+#     raw                           adds a member as text
+#     camel_case                    converts the keys to camelCase
+#     body, body_base64             replaces the whole body
+#     method, scheme                replaces POST, or Basic
+#     headers                       replaces or adds these headers; null leaves one out
+#     credentials                   replaces the API key and the colon; see CREDENTIAL_NAMES
+#     credentials_base64            replaces them in their encoded form
+#     unsupported                   sends the request only if its type is not in CALLS
+#
+# In a value, {run} is the user id of the run, {now} the current time, and {"$repeat": ["x", 9]} a
+# text repeated 9 times. In `raw`, {deep} is deep nesting, and {digits} a long number.
 
 
 def expand(value: Any) -> Any:
@@ -4953,7 +5156,7 @@ def shown(value: Any) -> str:
     """A value of conformance.json as the report shows it."""
     if isinstance(value, dict) and "$repeat" in value:
         text, times = value["$repeat"]
-        return f"{times} times {json.dumps(text)}"
+        return f"{json.dumps(text)} repeated {times} times"
     text = json.dumps(value, ensure_ascii=False)
     text = text.replace("{run}", RUN)
     return text if len(text) <= 70 else text[:69] + "…"
@@ -5046,7 +5249,8 @@ def fill_in_credentials(spec: Mapping[str, Any], target: Target) -> str:
 def build_request(spec: Mapping[str, Any], target: Target) -> KitRequest:
     """The request that an entry of conformance.json asks for.
 
-    Raises NotCheckedError if this target has no such type of call, or no such API key.
+    Raises NotCheckedError if CALLS rules the request out, or if the API key that it needs is
+    missing or unsuitable.
     """
     call_type = spec.get("type", "track" if "track" in target.calls else target.calls[0])
     if call_type == "{last}":
@@ -5066,7 +5270,7 @@ def build_request(spec: Mapping[str, Any], target: Target) -> KitRequest:
         "User-Agent": "Segment.io/1.0",
         "Accept": "*/*",
         "Cache-Control": "no-cache",
-        "X-Segment-Settings": "e30=",
+        "X-Segment-Settings": "e30=",  # {} in base64
         **spec.get("headers", {}),
     }
     shown_authorization = f"{scheme} {shown_credentials(spec)}"
@@ -5125,39 +5329,23 @@ class HttpTransport:
             if wait is None:
                 return reply
             if time.monotonic() + wait > self.deadline:
-                asked = f"{reply.status}, Retry-After: {wait:g}"
-                raise CutShortError(
-                    f"the endpoint asks to wait longer than the run lasts ({asked})"
-                )
+                wish = f"the endpoint asks the kit to wait {wait:g} seconds ({reply.status})"
+                raise CutShortError(f"{wish}, but less time is left")
             time.sleep(wait)
 
     def exchange(
         self, link: http.client.HTTPConnection, request: KitRequest, reopen: bool
     ) -> KitReply:
-        """Send a request once, and return the reply."""
+        """Send a request once, and return the reply. For `reopen`, see `send`."""
         was_open = link.sock is not None
-        has_expired = threading.Event()
-        watchdog = None
         try:
             if not was_open:
                 link.connect()
-            watchdog = threading.Timer(REPLY_SECONDS + 2, shut_down, [link.sock, has_expired])
-            watchdog.daemon = True
-            watchdog.start()
-            link.putrequest(request.method, target_path(self.target), skip_accept_encoding=True)
-            for name, value in request.headers.items():
-                link.putheader(name, value)
-            link.endheaders(request.body)
-            reply = link.getresponse()
-            body = reply.read(MAX_REPLY + 1)
-            headers = {name.lower(): value for name, value in reply.headers.items()}
-            if has_expired.is_set():
-                raise NoReplyError("the reply did not end in time")
-            if len(body) > MAX_REPLY:
-                link.close()
-                raise NoReplyError(f"the reply is longer than {MAX_REPLY} bytes")
-            self.failures = 0
-            return KitReply(reply.status, headers, body)
+            with time_limit(link.sock):
+                reply = self.send_and_read(link, request)
+        except NoReplyError:
+            link.close()
+            raise
         except (OSError, http.client.HTTPException) as error:
             link.close()
             has_disconnected = isinstance(error, http.client.RemoteDisconnected | ConnectionError)
@@ -5165,20 +5353,50 @@ class HttpTransport:
                 return self.exchange(link, request, reopen=False)
             if isinstance(error, ConnectionRefusedError):
                 self.failures += 1
-            if has_expired.is_set():
-                raise NoReplyError("the reply did not end in time") from None
             reason = printable_text((str(error) or type(error).__name__).encode(), 200)
             raise NoReplyError(reason) from None
-        finally:
-            if watchdog:
-                watchdog.cancel()
+        self.failures = 0
+        return reply
+
+    def send_and_read(self, link: http.client.HTTPConnection, request: KitRequest) -> KitReply:
+        """Send a request on an open connection, and read the reply."""
+        link.putrequest(request.method, target_path(self.target), skip_accept_encoding=True)
+        for name, value in request.headers.items():
+            link.putheader(name, value)
+        link.endheaders(request.body)
+        reply = link.getresponse()
+        body = reply.read(MAX_REPLY + 1)
+        if len(body) > MAX_REPLY:
+            raise NoReplyError(f"the reply is longer than {MAX_REPLY} bytes")
+        headers = {name.lower(): value for name, value in reply.headers.items()}
+        return KitReply(reply.status, headers, body)
 
 
-def shut_down(sock: socket.socket, has_expired: threading.Event) -> None:
-    """End a reply that trickles for too long."""
-    has_expired.set()
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
+@contextlib.contextmanager
+def time_limit(sock: socket.socket) -> Iterator[None]:
+    """Shut down a socket if the block, which reads a reply from it, takes too long.
+
+    REPLY_SECONDS limits only each single read. Raises NoReplyError if the time has run out.
+    """
+    has_expired = threading.Event()
+
+    def shut_down() -> None:
+        has_expired.set()
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+    watchdog = threading.Timer(REPLY_SECONDS + 2, shut_down)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        yield
+    except (OSError, http.client.HTTPException):
+        if not has_expired.is_set():
+            raise
+    finally:
+        watchdog.cancel()
+    if has_expired.is_set():  # to `http.client`, a shutdown may look like the end of a body
+        raise NoReplyError("the reply did not end in time")
 
 
 def target_path(target: Target) -> str:
@@ -5208,14 +5426,18 @@ class Check(NamedTuple):
 
 
 def printable_text(data: bytes, limit: int = 1000) -> str:
-    """Text from outside, without control characters, and shortened."""
+    """Text from outside, with control characters escaped, and shortened."""
     text = data.decode(errors="replace")
     text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[:limit])
     return text + (f" … ({len(data)} bytes)" if len(data) > limit else "")
 
 
 def show_exchange(request: KitRequest, reply: KitReply | None, target: Target) -> str:
-    """A request and its reply, shortened, and without any API key."""
+    """A request and its reply, shortened.
+
+    API keys are hidden in the Authorization header. In the reply, they are hidden if they have at
+    least SHORTEST_SECRET characters.
+    """
     lines = [f"> {request.method} {target_path(target)} HTTP/1.1"]
     for name, value in request.headers.items():
         lines.append(
@@ -5248,11 +5470,17 @@ def secrets_of(target: Target) -> list[str]:
     return sorted(forms, key=len, reverse=True)
 
 
+def either(statuses: Sequence[str]) -> str:
+    """Statuses in words, such as "2xx, 4xx or 501"."""
+    *others, last = statuses
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def is_expected(status: int, statuses: Sequence[str]) -> bool:
     return str(status) in statuses or f"{status // 100}xx" in statuses
 
 
-def check_statuses(
+def expect_statuses(
     specs: Sequence[Mapping[str, Any]], statuses: Sequence[str]
 ) -> Callable[[Target, Transport], None]:
     """A check that sends these requests and expects one of these statuses for each."""
@@ -5279,11 +5507,10 @@ def check_statuses(
             if broken and not example:
                 example = show_exchange(request, reply, target)
         if broken:
-            expected = " or ".join([", ".join(statuses[:-1]), statuses[-1]]).removeprefix(" or ")
             listed = "\n  ".join(broken[:12])
             more = f"\n  and {len(broken) - 12} more" if len(broken) > 12 else ""
             first = f"the first of these:\n{example}" if len(broken) > 1 else example
-            raise BrokenError(f"expected {expected}, but got\n  {listed}{more}\n{first}")
+            raise BrokenError(f"expected {either(statuses)}, but got\n  {listed}{more}\n{first}")
         if not checked:
             raise NotCheckedError(reason)
 
@@ -5299,7 +5526,7 @@ REFUSALS: list[dict[str, Any]] = [
 ]
 
 
-def check_replies(
+def expect_replies(
     specs: Sequence[Mapping[str, Any]],
     holds: Callable[[KitReply, Target], object],
     complaint: str,
@@ -5324,19 +5551,19 @@ def check_replies(
                 exchange = show_exchange(request, reply, target)
                 raise BrokenError(f"{complaint} in the reply to {request.description}\n{exchange}")
         if not checked:
-            raise NotCheckedError(f"no reply had the status {' or '.join(statuses)}")
+            raise NotCheckedError(f"no reply had the status {either(statuses)}")
 
     return run
 
 
-def has_message(reply: KitReply, _: Target) -> bool:
+def is_empty_or_has_message(reply: KitReply, _: Target) -> bool:
     value = reply.value()
     if not reply.body:
         return True
     return isinstance(value, dict) and isinstance(value.get("message"), str) and value["message"]
 
 
-def is_typed_as_json(reply: KitReply, _: Target) -> bool:
+def is_empty_or_typed_as_json(reply: KitReply, _: Target) -> bool:
     media_type = reply.headers.get("content-type", "").split(";")[0].strip().lower()
     return not reply.body or media_type == "application/json"
 
@@ -5346,6 +5573,8 @@ def is_empty_or_json(reply: KitReply, _: Target) -> bool:
 
 
 def shows_no_key(reply: KitReply, target: Target) -> bool:
+    if len(target.keys["api"]) < SHORTEST_SECRET:
+        raise NotCheckedError(f"API_KEY is shorter than {SHORTEST_SECRET} characters")
     text = reply.body.decode(errors="replace") + str(reply.headers)
     secrets = [*secrets_of(target), UNKNOWN_KEY]
     return not [secret for secret in secrets if len(secret) >= SHORTEST_SECRET and secret in text]
@@ -5368,34 +5597,35 @@ def shows_no_traceback(reply: KitReply, _: Target) -> bool:
     return not TRACEBACK.search(reply.body)
 
 
-def check_failed_call_stays_new(target: Target, transport: Transport) -> None:
-    """A call must not be marked as seen before it is stored."""
+def requests_that_may_crash(target: Target) -> Iterator[tuple[KitRequest, KitRequest]]:
+    """Requests that may crash an endpoint, each with a copy that has a different message_id."""
     for check in CONFORMANCE["checks"]:
-        if not check.get("may_crash"):
-            continue
-        for spec in check["requests"][:6]:
-            try:
-                request = build_request(spec, target)
-                again = build_request(spec, target)  # with another message_id
-            except NotCheckedError:
-                continue
-            first = transport(request)
-            if first.status < 500 or first.status == 501:
-                continue
-            second = transport(request)
-            # The retry succeeded. If a copy with a new message_id still fails, the endpoint has not
-            # recovered: it knew the message_id, and dismissed the retry.
-            if second.status < 300 and transport(again).status == first.status:
-                exchange = show_exchange(request, second, target)
-                statuses = f"{first.status}, then {second.status} when it was sent again"
-                still = f"although a copy with a new message_id is still answered {first.status}"
-                raise BrokenError(f"a call was answered {statuses}, {still}\n{exchange}")
+        if check.get("may_crash"):
+            for spec in check["requests"][:6]:  # a few of each kind are enough
+                with contextlib.suppress(NotCheckedError):
+                    yield build_request(spec, target), build_request(spec, target)
+
+
+def check_retry_after_a_crash(target: Target, transport: Transport) -> None:
+    """A call must not be marked as seen before it is stored."""
+    for request, copy in requests_that_may_crash(target):
+        first = transport(request)
+        if first.status < 500 or first.status == 501:
+            continue  # it has not crashed
+        retry = transport(request)
+        # If the retry succeeds, but a copy with a different message_id still fails, then the
+        # endpoint has not recovered: it knew the message_id, and dismissed the retry.
+        if retry.status < 300 and transport(copy).status == first.status:
+            exchange = show_exchange(request, retry, target)
+            statuses = f"{first.status}, and its retry with {retry.status}"
+            still = f"although a copy with a new message_id is still answered with {first.status}"
+            raise BrokenError(f"a call was answered with {statuses}, {still}\n{exchange}")
 
 
 def require_http(transport: Transport) -> HttpTransport:
-    """The transport, if it has connections. Raises NotCheckedError otherwise."""
+    """The transport, if it uses the network. Raises NotCheckedError otherwise."""
     if not isinstance(transport, HttpTransport):
-        raise NotCheckedError("there are no connections")
+        raise NotCheckedError("the endpoint runs in this process")
     return transport
 
 
@@ -5470,16 +5700,21 @@ def check_connection_stays_open(target: Target, transport: Transport) -> None:
 def check_plain_http(target: Target, transport: Transport) -> None:
     require_http(transport)
     require_tls(target)
-    plain = HttpTransport(target._replace(context=None))
+    unencrypted = HttpTransport(target._replace(context=None))
     request = build_request({"credentials": "{unknown}:"}, target)  # no real key in the clear
-    with contextlib.closing(plain.connection()) as link:
+    with contextlib.closing(unencrypted.connection()) as link:
         try:
-            reply = plain.exchange(link, request, reopen=False)
+            reply = unencrypted.exchange(link, request, reopen=False)
         except NoReplyError:  # a refused connection, a reset or silence is fine
             return
+    # With these statuses, the endpoint has looked at the API key, instead of refusing plain HTTP.
     if reply.status == 401 or reply.status < 300:
-        address = plain.target.url.replace("https://", "http://")
-        raise BrokenError(f"{address} is served\n{show_exchange(request, reply, target)}")
+        address = target.url.replace("https://", "http://")
+        exchange = show_exchange(request, reply, target)
+        raise BrokenError(f"{address} answers with {reply.status}\n{exchange}")
+
+
+HANDSHAKE_RECORD = b"\x16"  # the first byte of such a TLS record
 
 
 def check_old_tls(target: Target, transport: Transport) -> None:
@@ -5500,8 +5735,9 @@ def check_old_tls(target: Target, transport: Transport) -> None:
                 wrapped.do_handshake()
         except (ssl.SSLError, ValueError):
             raise NotCheckedError(f"OpenSSL on this machine cannot offer {name}") from None
-        # The offer is sent as bytes, so that the endpoint alone decides: it accepts with a
-        # handshake record, and refuses with an alert, or by closing the connection.
+        # OpenSSL has only made the first message of the handshake. It is sent over plain TCP, so
+        # that OpenSSL on this machine cannot refuse the old version itself. The endpoint accepts it
+        # with a handshake record, and refuses it with an alert, or by closing the connection.
         address = (parts.hostname, parts.port or 443)
         try:
             link = socket.create_connection(address, REPLY_SECONDS)
@@ -5509,7 +5745,7 @@ def check_old_tls(target: Target, transport: Transport) -> None:
             raise NotCheckedError(f"there was no connection ({error})") from None
         with link, contextlib.suppress(OSError):
             link.sendall(hello.read())
-            if link.recv(1) == b"\x16":
+            if link.recv(1) == HANDSHAKE_RECORD:
                 raise BrokenError(f"{name} was accepted")
 
 
@@ -5520,59 +5756,64 @@ CODE_CHECKS = [
     Check("SHOULD", "RFC 8996", "TLS 1.0 and 1.1 are refused", check_old_tls),
     Check(
         "SHOULD",
-        "Segment's page, Retries, later revision",
+        "Retries, later revision",
         "sixteen connections at once are answered within 5 seconds",
         check_sixteen_connections,
     ),
     Check(
         "SHOULD",
-        "experience",
+        "good practice",
         "a client that connects and says nothing does not hold up others",
         check_silent_connection,
     ),
     Check(
         "SHOULD",
-        "Segment's page, Headers, later revision",
+        "Headers, later revision",
         "a connection stays open after a call and after a refusal",
         check_connection_stays_open,
     ),
     Check(
         "MUST",
         "Status Code",
-        "a retry of a call that was answered 5xx is not dismissed as a duplicate",
-        check_failed_call_stays_new,
+        "a retry of a call that was answered with 5xx is not dismissed as a duplicate",
+        check_retry_after_a_crash,
     ),
     Check(
         "MUST",
         "Response Body",
         "the body of a refusal is empty, or a JSON object whose message is a non-empty string",
-        check_replies(REFUSALS, has_message, "no string as the message", ANY_ERROR),
+        expect_replies(
+            REFUSALS,
+            is_empty_or_has_message,
+            "no JSON object with a non-empty string as its message",
+            ANY_ERROR,
+        ),
     ),
     Check(
         "MUST",
         "Response Body",
         "the body of a refusal is typed as application/json",
-        check_replies(
-            REFUSALS, is_typed_as_json, "a Content-Type other than application/json", ANY_ERROR
+        expect_replies(
+            REFUSALS, is_empty_or_typed_as_json, "no Content-Type of application/json", ANY_ERROR
         ),
     ),
     Check(
         "SHOULD",
         "Response Body",
-        "a refusal has a body that says why",
-        check_replies(REFUSALS, lambda reply, _: reply.body, "no body", ANY_ERROR),
+        "the body of a refusal is not empty",
+        expect_replies(REFUSALS, lambda reply, _: reply.body, "no body", ANY_ERROR),
     ),
     Check(
         "SHOULD",
         "Response Body",
         "the body of a success is empty or JSON",
-        check_replies([PLAIN], is_empty_or_json, "a body that is not JSON", ["2xx"]),
+        expect_replies([PLAIN], is_empty_or_json, "a body that is not JSON", ["2xx"]),
     ),
     Check(
         "SHOULD",
         "RFC 9110 §11.6",
         "a reply of 401 has WWW-Authenticate",
-        check_replies(
+        expect_replies(
             REFUSALS[:2],
             lambda reply, _: "www-authenticate" in reply.headers,
             "no WWW-Authenticate",
@@ -5581,15 +5822,15 @@ CODE_CHECKS = [
     ),
     Check(
         "SHOULD",
-        "experience",
+        "good practice",
         "no reply shows an API key",
-        check_replies([PLAIN, *REFUSALS], shows_no_key, "an API key", ["2xx", *ANY_ERROR]),
+        expect_replies([PLAIN, *REFUSALS], shows_no_key, "an API key", ["2xx", *ANY_ERROR]),
     ),
     Check(
         "SHOULD",
-        "experience",
+        "good practice",
         "no reply shows a traceback",
-        check_replies(
+        expect_replies(
             [*REFUSALS, {"set": {"properties": None, "traits": None, "context": None}}],
             shows_no_traceback,
             "a traceback",
@@ -5602,7 +5843,7 @@ CHECKS = CODE_CHECKS + [
         check["level"],
         check["section"],
         check["sentence"],
-        check_statuses(check["requests"], check["statuses"]),
+        expect_statuses(check["requests"], check["statuses"]),
     )
     for check in CONFORMANCE["checks"]
 ]
@@ -5620,9 +5861,9 @@ class Finding(NamedTuple):
     was_cut_short: bool = False  # not checked because of the endpoint, or for lack of time
 
 
-def headline(finding: Finding) -> str:
+def describe_broken(finding: Finding) -> str:
     check = finding.check
-    return f"{check.level} broken: {check.sentence} ({check.section})\n{finding.text}"
+    return f'{check.level} broken: "{check.sentence}" ({check.section})\n{finding.text}'
 
 
 def judge(check: Check, target: Target, transport: Transport) -> Finding:
@@ -5639,13 +5880,13 @@ FINDINGS: dict[str, Finding] = {}  # by the sentence of the check
 
 
 def judge_all(checks: Sequence[Check], target: Target, findings: dict[str, Finding]) -> None:
-    """Make these checks, several at a time."""
+    """Run these checks, several at a time."""
     transport = HttpTransport(target)
 
     def judge_one(check: Check) -> None:
         findings[check.sentence] = judge(check, target, transport)
 
-    # A silent connection may hold up all other requests, so that check is made alone.
+    # A silent connection may hold up all other requests, so that check is run alone.
     alone = [check for check in checks if check.run is check_silent_connection]
     with ThreadPoolExecutor(8) as executor:
         list(executor.map(judge_one, [check for check in checks if check not in alone]))
@@ -5657,7 +5898,7 @@ def stop(text: str) -> NoReturn:
     pytest.exit(f'{text}. See "Test your own endpoint" in README.md.', 2)
 
 
-def check_address(url: str) -> None:
+def require_address(url: str) -> None:
     """End the run unless this can be the address of an endpoint."""
     if not url:
         stop("ENDPOINT is missing")
@@ -5675,7 +5916,7 @@ def check_address(url: str) -> None:
 def target_from(variables: Mapping[str, str]) -> Target:
     """The endpoint that the variables name. A mistake in them ends the run."""
     url = variables.get("ENDPOINT", "")
-    check_address(url)
+    require_address(url)
     if not variables.get("API_KEY"):
         stop("API_KEY is missing")
     keys = {"api": variables["API_KEY"]}
@@ -5707,7 +5948,7 @@ HINTS = {
 }
 
 
-def check_that_it_answers(target: Target) -> None:
+def require_accepted_call(target: Target) -> None:
     """Send one plain call. If it is not accepted, end the run with a sentence that says why."""
     request = build_request(PLAIN, target)
     try:
@@ -5728,7 +5969,7 @@ def check_that_it_answers(target: Target) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make each check a test."""
+    """Make each check a test; with `-m conformance`, also replace pytest's report by Report."""
     if "check" not in metafunc.fixturenames:
         return
     config = metafunc.config
@@ -5742,16 +5983,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if expression not in ("", "conformance", "not conformance"):
         stop("Use -m conformance alone, and -k to select checks")
     if expression == "conformance" and not config.getoption("collectonly"):
+        # This leaves out pytest's own counts and its summary.
         config.pluginmanager.register(Report())
-        config.option.verbose = -2  # without pytest's own counts
+        config.option.verbose = -2
         reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
-        reporter.reportchars = ""  # and without its summary
+        reporter.reportchars = ""
 
 
 class Report:
-    """What pytest does not show by itself."""
+    """The parts of the report that pytest does not have."""
 
-    selected = 0  # how many checks are to be made
+    selected = 0  # how many checks will run
 
     def pytest_report_collectionfinish(self, items: Sequence[pytest.Item]) -> list[str]:
         self.selected = len(items)
@@ -5759,27 +6001,28 @@ class Report:
         ids = f"the user id {RUN}, and message ids that start with it"
         return [
             f"Sending calls to {url}. Most have {ids}",
-            "For each check: . kept, F MUST broken, x SHOULD broken, s not checked",
+            "One character for each check: . kept, F broken, x broken SHOULD, s not checked",
         ]
 
     def pytest_terminal_summary(
         self, terminalreporter: pytest.TerminalReporter, exitstatus: int
     ) -> None:
-        """Show broken SHOULDs, why checks were not made, and the counts."""
+        """Show broken SHOULDs, why checks were not run, and the counts."""
         write = terminalreporter.write_line
         reasons: dict[str, list[str]] = {}
         for finding in FINDINGS.values():
             if finding.outcome == "broken" and not self.is_shown_by_pytest(finding, exitstatus):
-                write(f"{headline(finding)}\n")
+                write(f"{describe_broken(finding)}\n")
             if finding.outcome == "not checked":
                 reasons.setdefault(finding.text, []).append(finding.check.sentence)
         for reason, sentences in reasons.items():
-            more = f", and {len(sentences) - 1} more" if len(sentences) > 1 else ""
-            write(f"Not checked, because {reason}: {sentences[0]}{more}")
+            write(f"Not checked ({reason}):")
+            for sentence in sentences:
+                write(f"  {sentence}")
         outcomes = [finding.outcome for finding in FINDINGS.values()]
         kept, broken, skipped = map(outcomes.count, ("kept", "broken", "not checked"))
         if FINDINGS and len(FINDINGS) < self.selected:
-            write(f"Interrupted: only {len(FINDINGS)} of {self.selected} checks were made")
+            write(f"Interrupted: only {len(FINDINGS)} of {self.selected} checks were run")
         if FINDINGS:
             write(f"{kept} kept, {broken} broken, {skipped} not checked")
 
@@ -5802,7 +6045,11 @@ class Report:
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
 def test_conformance(check: Check, request: pytest.FixtureRequest) -> None:
-    """Check the endpoint that ENDPOINT names, or ours."""
+    """Report the finding of this check.
+
+    The first of these tests runs all the checks: of the endpoint that ENDPOINT names, or without
+    `-m conformance`, of a receiver of our own.
+    """
     is_kit = request.config.getoption("markexpr") == "conformance"
     if not FINDINGS:
         items = [item for item in request.session.items if isinstance(item, pytest.Function)]
@@ -5813,19 +6060,20 @@ def test_conformance(check: Check, request: pytest.FixtureRequest) -> None:
         ]
         if is_kit:
             target = target_from(os.environ)
-            check_that_it_answers(target)
+            require_accepted_call(target)
             judge_all(selected, target, FINDINGS)
         else:
-            judge_our_own(selected)
+            judge_our_receiver(selected)
     finding = FINDINGS[check.sentence]
     if finding.outcome == "not checked":
         if is_kit or finding.text.startswith("OpenSSL on this machine"):
             pytest.skip(finding.text)
-        assert finding.text == "alias is not in CALLS"  # because NoAlias does not support it
+        # NoAlias does not support alias, and the demo key `segment` is very short.
+        assert finding.text in ("alias is not in CALLS", "API_KEY is shorter than 8 characters")
     if finding.outcome == "broken":
         if is_kit and check.level == "SHOULD" and os.environ.get("STRICT") != "1":
-            pytest.xfail(headline(finding))
-        pytest.fail(headline(finding), pytrace=False)
+            pytest.xfail(describe_broken(finding))
+        pytest.fail(describe_broken(finding), pytrace=False)
 
 
 class NoAlias(Recorder):
@@ -5834,8 +6082,8 @@ class NoAlias(Recorder):
     alias = None  # type: ignore[assignment]
 
 
-def judge_our_own(checks: Sequence[Check]) -> None:
-    """Make these checks of a receiver that supports every type but one."""
+def judge_our_receiver(checks: Sequence[Check]) -> None:
+    """Run these checks of a receiver that supports every type but one."""
     keys = {"api": "segment", "limited": "segment-identify-only", "expired": "segment-expired"}
     calls = tuple(name for name in CONFORMANCE["calls"] if name != "alias")
     with receiver.serve(NoAlias(), port=0, quiet=True) as server:
@@ -5843,31 +6091,31 @@ def judge_our_own(checks: Sequence[Check]) -> None:
         judge_all(checks, Target(server.url, keys, calls, context), FINDINGS)
 
 
-# ---- The proof that the kit bites ----------------------------------------------------------------
+# ---- The proof that the kit finds faults ---------------------------------------------------------
 #
-# A small endpoint that is correct, as a function from a request to a reply, and faults that real
-# implementations have. Each fault is a function that may change the reply. For each fault, the kit
-# must report as broken at least the sentences beside it; for the correct endpoint, none.
+# `correct_reply` is a small correct endpoint: a function from a request to a reply. A fault is a
+# function that may replace this reply. FAULTS has faults of real implementations, each with
+# sentences that the kit must report as broken. For the correct endpoint, it must report none.
 
-FAULTY_TARGET = Target(
+PROOF_TARGET = Target(
     "https://faulty.example/",
     {"api": "kit-key-5f2c", "limited": "kit-limited-77d0", "expired": "kit-expired-0a91"},
 )
 # The types that each key permits, or None for all.
-KIT_KEYS = {FAULTY_TARGET.keys["api"]: None, FAULTY_TARGET.keys["limited"]: {"identify"}}
+PERMITTED_TYPES = {PROOF_TARGET.keys["api"]: None, PROOF_TARGET.keys["limited"]: {"identify"}}
 
 
-class Parsed(NamedTuple):
+class Exchange(NamedTuple):
     """What a fault may look at."""
 
     request: KitRequest
-    headers: Mapping[str, str]
-    login: str | None  # None unless the scheme is Basic, and the password empty
+    headers: Mapping[str, str]  # with their names in lower case
+    login: str | None  # see parse_login
     call: Any  # the parsed body, or NOT_JSON
     correct: KitReply  # what a correct endpoint replies
 
 
-def refuse(status: int, message: str = "No") -> KitReply:
+def error_reply(status: int, message: str = "No") -> KitReply:
     headers = {"content-type": "application/json"}
     if status == 401:
         headers["www-authenticate"] = "Basic"
@@ -5884,19 +6132,19 @@ def decode_credentials(headers: Mapping[str, str]) -> str | None:
 
 
 def parse_login(headers: Mapping[str, str]) -> str | None:
-    """The API key and a colon, or None unless the scheme is Basic, and the password empty."""
+    """The API key and a colon, or None if the scheme is not Basic or there is a password."""
     login = decode_credentials(headers)
     is_basic = headers.get("authorization", "").lower().startswith("basic ")
     return login if login and is_basic and login.endswith(":") else None
 
 
-def is_id(value: Any) -> bool:
+def is_id_or_missing(value: Any) -> bool:
     if isinstance(value, str):
         return "\0" not in value
     return value is None or (isinstance(value, int) and not isinstance(value, bool))
 
 
-def is_time(value: Any) -> bool:
+def is_time_or_missing(value: Any) -> bool:
     if value in (None, ""):
         return True
     try:
@@ -5916,20 +6164,22 @@ def has_valid_fields(call: Mapping[str, Any]) -> bool:
     ids = [snake.get(name) for name in ("user_id", "anonymous_id", "message_id")]
     if call_type == "group":
         ids.append(snake.get("group_id"))
-    if not all(map(is_id, ids)):
+    if not all(map(is_id_or_missing, ids)):
         return False
     if snake.get("user_id") in (None, "") and snake.get("anonymous_id") in (None, ""):
         return False
+
     if call_type in REQUIRED_FIELDS and snake.get(REQUIRED_FIELDS[call_type]) in (None, ""):
-        return False
-    if not is_time(snake.get("timestamp")):
         return False
     if call_type == "track" and not isinstance(snake["event"], str):
         return False
     if call_type == "page" and not isinstance(snake.get("name") or "", str):
         return False
-    own = snake.get("traits" if call_type in ("identify", "group") else "properties")
-    return isinstance(own or {}, dict)
+
+    if not is_time_or_missing(snake.get("timestamp")):
+        return False
+    details = snake.get("traits" if call_type in ("identify", "group") else "properties")
+    return not details or isinstance(details, dict)
 
 
 def correct_reply(
@@ -5937,23 +6187,25 @@ def correct_reply(
 ) -> KitReply:
     """What a correct endpoint replies."""
     if request.method != "POST":
-        return refuse(405)
-    if login is None or login[:-1] not in KIT_KEYS:
-        return refuse(401)
+        return error_reply(405)
+    if login is None or login[:-1] not in PERMITTED_TYPES:
+        return error_reply(401)
     if "json" not in headers.get("content-type", "json") or "content-encoding" in headers:
-        return refuse(415)
+        return error_reply(415)
     if not isinstance(call, dict) or not isinstance(call.get("type"), str):
-        return refuse(400)
+        return error_reply(400)
     if call["type"] not in ORIGINAL_CALLS:
-        return refuse(501)
-    if call["type"] not in (KIT_KEYS[login[:-1]] or ORIGINAL_CALLS):
-        return refuse(403)
-    if headers.get("x-segment-settings") == "?" or not has_valid_fields(call):
-        return refuse(400)
+        return error_reply(501)
+    if call["type"] not in (PERMITTED_TYPES[login[:-1]] or ORIGINAL_CALLS):
+        return error_reply(403)
+    has_valid_settings = headers.get("x-segment-settings") != "?"  # which is not base64
+    if not has_valid_settings or not has_valid_fields(call):
+        return error_reply(400)
     return KitReply(200, {}, b"")
 
 
-Fault = Callable[[Parsed], KitReply | int | None]
+# It returns a reply, the status of a reply, or None to leave the correct reply as it is.
+Fault = Callable[[Exchange], KitReply | int | None]
 
 
 def reject_nan(text: str) -> NoReturn:
@@ -5970,59 +6222,68 @@ class FaultyEndpoint:
         headers = {name.lower(): value for name, value in request.headers.items()}
         try:
             call = json.loads(request.body.decode(), parse_constant=reject_nan)
-            json.dumps(call, ensure_ascii=False).encode()
+            json.dumps(call, ensure_ascii=False).encode()  # fails for an unpaired surrogate
         except (ValueError, RecursionError):
             call = NOT_JSON
         login = parse_login(headers)
         correct = correct_reply(request, headers, login, call)
-        reply = self.fault(Parsed(request, headers, login, call, correct))
+        reply = self.fault(Exchange(request, headers, login, call, correct))
         if isinstance(reply, int):
-            reply = KitReply(200, {}, b"") if reply == 200 else refuse(reply)
+            reply = KitReply(200, {}, b"") if reply == 200 else error_reply(reply)
         return reply or correct
+
+
+def find_faults(fault: Fault) -> list[Finding]:
+    """The findings of the kit about an endpoint with this fault."""
+    endpoint = FaultyEndpoint(fault)
+    return [judge(check, PROOF_TARGET, endpoint) for check in CHECKS]
 
 
 def broken_sentences(fault: Fault) -> set[str]:
     """The sentences that the kit says are broken by an endpoint with this fault."""
-    endpoint = FaultyEndpoint(fault)
-    findings = [judge(check, FAULTY_TARGET, endpoint) for check in CHECKS]
-    text = "\n".join(finding.text for finding in findings)
-    assert not [secret for secret in secrets_of(FAULTY_TARGET) if secret in text]
+    findings = find_faults(fault)
     return {finding.check.sentence for finding in findings if finding.outcome == "broken"}
 
 
 def test_the_kit_reports_nothing_for_a_correct_endpoint() -> None:
-    assert broken_sentences(lambda parsed: None) == set()
+    assert broken_sentences(lambda exchange: None) == set()
 
 
 def test_the_kit_skips_only_checks_of_connections_and_of_types_not_in_calls() -> None:
-    endpoint = FaultyEndpoint(lambda parsed: None)
-    reasons = {judge(check, FAULTY_TARGET, endpoint).text for check in CHECKS}
+    reasons = {finding.text for finding in find_faults(lambda exchange: None)}
     other_types = {f"{name} is not in CALLS" for name in ("screen", "alias", "delete")}
-    assert reasons == {"", "there are no connections"} | other_types
+    assert reasons == {"", "the endpoint runs in this process"} | other_types
+
+
+def test_no_finding_shows_an_api_key() -> None:
+    findings = find_faults(lambda exchange: error_reply(500, f"{exchange.login}"))
+    text = "\n".join(finding.text for finding in findings)
+    assert "***" in text
+    assert [secret for secret in secrets_of(PROOF_TARGET) if secret in text] == []
 
 
 @pytest.mark.parametrize("data", CONFORMANCE["checks"], ids=lambda data: data["sentence"])
-def test_this_check_can_be_broken(data: dict[str, Any]) -> None:
-    target = FAULTY_TARGET._replace(calls=tuple(CONFORMANCE["calls"]))
+def test_this_check_reports_a_wrong_status(data: dict[str, Any]) -> None:
+    target = PROOF_TARGET._replace(calls=tuple(CONFORMANCE["calls"]))
     if data["requests"][0].get("unsupported"):
-        target = FAULTY_TARGET._replace(calls=("track",))
+        target = PROOF_TARGET._replace(calls=("track",))
     wrong = next(status for status in (500, 200, 400) if not is_expected(status, data["statuses"]))
-    run = check_statuses(data["requests"], data["statuses"])
+    run = expect_statuses(data["requests"], data["statuses"])
     with pytest.raises(BrokenError, match=f"{wrong} to "):
         run(target, lambda request: KitReply(wrong, {}, b""))
 
 
-def instead_of(status: int, reply: KitReply | int) -> Fault:
-    """A fault that replies this where a correct endpoint replies with that status."""
-    return lambda parsed: reply if parsed.correct.status == status else None
+def fault_replacing(status: int, reply: KitReply | int) -> Fault:
+    """A fault that gives this reply wherever a correct endpoint answers with this status."""
+    return lambda exchange: reply if exchange.correct.status == status else None
 
 
-def crashes_on(call_type: str, condition: Callable[[dict[str, Any]], object]) -> Fault:
-    """A fault that crashes on some otherwise authorized calls of a type."""
+def fault_crashing(call_type: str, condition: Callable[[dict[str, Any]], object]) -> Fault:
+    """A fault that crashes on authorized calls of a type for which the condition is true."""
 
-    def fault(parsed: Parsed) -> int | None:
-        call = parsed.call
-        if parsed.correct.status in (401, 403) or not isinstance(call, dict):
+    def fault(exchange: Exchange) -> int | None:
+        call = exchange.call
+        if exchange.correct.status in (401, 403) or not isinstance(call, dict):
             return None
         if call_type != "any" and call.get("type") != call_type:
             return None
@@ -6031,37 +6292,35 @@ def crashes_on(call_type: str, condition: Callable[[dict[str, Any]], object]) ->
     return fault
 
 
-def refuses(condition: Callable[[Parsed], object], status: int = 400) -> Fault:
-    """A fault that refuses calls that are to be accepted."""
-    return lambda parsed: status if parsed.correct.status == 200 and condition(parsed) else None
+def fault_refusing(condition: Callable[[Exchange], object], status: int = 400) -> Fault:
+    """A fault that refuses calls that should be accepted, if the condition is true."""
+    return lambda exchange: (
+        status if exchange.correct.status == 200 and condition(exchange) else None
+    )
 
 
-def accepts(condition: Callable[[Parsed], object]) -> Fault:
-    """A fault that accepts what is to be refused."""
-    return lambda parsed: 200 if parsed.correct.status >= 400 and condition(parsed) else None
+def fault_accepting(condition: Callable[[Exchange], object]) -> Fault:
+    """A fault that accepts what should be refused, if the condition is true."""
+    return lambda exchange: 200 if exchange.correct.status >= 400 and condition(exchange) else None
 
 
-def is_call(parsed: Parsed) -> bool:
-    return isinstance(parsed.call, dict)
-
-
-def not_an_object(name: str) -> Callable[[dict[str, Any]], bool]:
-    return lambda call: name in call and not isinstance(call[name], dict)
+def is_call(exchange: Exchange) -> bool:
+    return isinstance(exchange.call, dict)
 
 
 def marks_as_seen_and_crashes() -> Fault:
     """A fault that marks a call as seen, and then crashes."""
     seen: set[Any] = set()
 
-    def fault(parsed: Parsed) -> int | None:
-        if parsed.correct.status != 200 or not is_call(parsed):
+    def fault(exchange: Exchange) -> int | None:
+        if exchange.correct.status != 200 or not is_call(exchange):
             return None
-        message_id = parsed.call.get("message_id")
+        message_id = exchange.call.get("message_id")
         if isinstance(message_id, str) and message_id in seen:
             return 200
         if isinstance(message_id, str):
             seen.add(message_id)
-        return 500 if parsed.call.get("properties") is None else None
+        return 500 if exchange.call.get("properties") is None else None
 
     return fault
 
@@ -6070,10 +6329,10 @@ def answers_409_to_duplicates() -> Fault:
     """A fault that answers 409 to a call that is sent twice."""
     seen: set[Any] = set()
 
-    def fault(parsed: Parsed) -> int | None:
-        if parsed.correct.status != 200 or not is_call(parsed):
+    def fault(exchange: Exchange) -> int | None:
+        if exchange.correct.status != 200 or not is_call(exchange):
             return None
-        message_id = json.dumps(parsed.call.get("message_id"))
+        message_id = json.dumps(exchange.call.get("message_id"))
         if message_id in seen and message_id != "null":
             return 409
         seen.add(message_id)
@@ -6086,10 +6345,10 @@ def accepts_refused_calls_when_retried() -> Fault:
     """A fault that acknowledges a refused call when it is sent again."""
     seen: set[Any] = set()
 
-    def fault(parsed: Parsed) -> int | None:
-        if not is_call(parsed) or parsed.correct.status != 501:
+    def fault(exchange: Exchange) -> int | None:
+        if not is_call(exchange) or exchange.correct.status != 501:
             return None
-        message_id = json.dumps(parsed.call.get("message_id"))
+        message_id = json.dumps(exchange.call.get("message_id"))
         if message_id in seen:
             return 200
         seen.add(message_id)
@@ -6099,150 +6358,152 @@ def accepts_refused_calls_when_retried() -> Fault:
 
 
 CAMEL = "keys in camelCase are accepted"
-SEEN_TWICE = "the same call is accepted twice"
-NEVER = "{} is never answered 5xx"
+SEEN_TWICE = "a call that is sent twice is accepted both times"
+NEVER = "{} is never answered with 5xx"
 
-# A fault, and sentences that it must break.
+# A fault, and sentences that it must break. The conditions recognize values of conformance.json.
 FAULTS: dict[str, tuple[Fault, list[str]]] = {
     "success is 204": (
-        instead_of(200, KitReply(204, {}, b"")),
-        ["an accepted call is answered 200 or 202"],
+        fault_replacing(200, KitReply(204, {}, b"")),
+        ["an accepted call is answered with 200 or 202"],
     ),
     "success is 201": (
-        instead_of(200, KitReply(201, {}, b"")),
-        ["an accepted call is answered 200 or 202"],
+        fault_replacing(200, KitReply(201, {}, b"")),
+        ["an accepted call is answered with 200 or 202"],
     ),
     "success has a body that is not JSON": (
-        instead_of(200, KitReply(200, {}, b"OK")),
+        fault_replacing(200, KitReply(200, {}, b"OK")),
         ["the body of a success is empty or JSON"],
     ),
-    "no key is 403": (
+    "a request without a key is 403": (
         lambda p: 403 if "authorization" not in p.headers else None,
-        ["a request without an API key is answered 401"],
+        ["a request without an API key is answered with 401"],
     ),
-    "no key is accepted": (
-        accepts(lambda p: "authorization" not in p.headers),
-        ["a request without an API key is answered 401"],
+    "a request without a key is accepted": (
+        fault_accepting(lambda p: "authorization" not in p.headers),
+        ["a request without an API key is answered with 401"],
     ),
-    "no key crashes": (
+    "a request without a key causes a crash": (
         lambda p: 500 if "authorization" not in p.headers else None,
         [NEVER.format("a malformed or unauthorized request")],
     ),
     "Bearer is accepted": (
-        accepts(lambda p: p.headers.get("authorization", "").startswith("Bearer")),
-        ["a scheme other than Basic is answered 401"],
+        fault_accepting(lambda p: p.headers.get("authorization", "").startswith("Bearer")),
+        ["a scheme other than Basic is answered with 401"],
     ),
-    "the scheme is compared exactly": (
-        refuses(lambda p: not p.headers["authorization"].startswith("Basic"), 401),
+    "the scheme is case-sensitive": (
+        fault_refusing(lambda p: not p.headers["authorization"].startswith("Basic"), 401),
         ["the scheme in lower case is accepted"],
     ),
     "malformed credentials are 400": (
         lambda p: 400 if "authorization" in p.headers and p.login is None else None,
-        ["malformed credentials are answered 401"],
+        ["malformed credentials are answered with 401"],
     ),
     "malformed credentials crash": (
         lambda p: 500 if p.headers.get("authorization") == "Basic ???" else None,
-        ["malformed credentials are answered 401"],
+        ["malformed credentials are answered with 401"],
     ),
     "credentials that are not UTF-8 crash": (
-        lambda p: 500 if p.headers.get("authorization") == "Basic //8=" else None,
-        ["malformed credentials are answered 401"],
+        lambda p: 500 if p.headers.get("authorization") == "Basic //8=" else None,  # \xff\xff
+        ["malformed credentials are answered with 401"],
     ),
     "every key is accepted": (
-        accepts(lambda p: p.correct.status == 401 and p.login is not None),
-        ["an unknown API key is answered 401"],
+        fault_accepting(lambda p: p.correct.status == 401 and p.login is not None),
+        ["an unknown API key is answered with 401"],
     ),
     "an empty key is accepted": (
-        accepts(lambda p: p.login == ":"),
-        ["an unknown API key is answered 401"],
+        fault_accepting(lambda p: p.login == ":"),
+        ["an unknown API key is answered with 401"],
     ),
     "a prefix of the key is accepted": (
-        accepts(lambda p: (p.login or "")[:-1] == FAULTY_TARGET.keys["api"][:-1]),
-        ["an unknown API key is answered 401"],
+        fault_accepting(lambda p: (p.login or "")[:-1] == PROOF_TARGET.keys["api"][:-1]),
+        ["an unknown API key is answered with 401"],
     ),
     "the case of a key is ignored": (
-        accepts(lambda p: (p.login or "").lower() == FAULTY_TARGET.keys["api"] + ":"),
-        ["an API key in another case, or followed by a space, is answered 401"],
+        fault_accepting(lambda p: (p.login or "").lower() == PROOF_TARGET.keys["api"] + ":"),
+        ["an API key in another case, or followed by a space, is answered with 401"],
     ),
     "a key is trimmed": (
-        accepts(lambda p: (p.login or "")[:-1].strip() == FAULTY_TARGET.keys["api"]),
-        ["an API key in another case, or followed by a space, is answered 401"],
+        fault_accepting(lambda p: (p.login or "")[:-1].strip() == PROOF_TARGET.keys["api"]),
+        ["an API key in another case, or followed by a space, is answered with 401"],
     ),
     "a key beyond ASCII crashes": (
         lambda p: 500 if p.login and not p.login.isascii() else None,
-        ["an unknown non-ASCII API key is answered 401"],
+        ["an unknown non-ASCII API key is answered with 401"],
     ),
     "an unknown key is 403": (
         lambda p: 403 if p.login and p.correct.status == 401 else None,
-        ["an unknown API key is answered 401"],
+        ["an unknown API key is answered with 401"],
     ),
     "an expired key is accepted": (
-        accepts(lambda p: (p.login or "")[:-1] == FAULTY_TARGET.keys["expired"]),
-        ["an expired API key is answered 401"],
+        fault_accepting(lambda p: (p.login or "")[:-1] == PROOF_TARGET.keys["expired"]),
+        ["an expired API key is answered with 401"],
     ),
     "permissions are ignored": (
-        instead_of(403, 200),
-        ["an API key that does not permit the type is answered 403"],
+        fault_replacing(403, 200),
+        ["an API key that does not permit the type is answered with 403"],
     ),
     "a missing permission is 401": (
-        instead_of(403, 401),
-        ["an API key that does not permit the type is answered 403"],
+        fault_replacing(403, 401),
+        ["an API key that does not permit the type is answered with 403"],
     ),
     "a colon is not needed": (
-        accepts(lambda p: decode_credentials(p.headers) == FAULTY_TARGET.keys["api"]),
-        ["credentials without a colon are answered 401"],
+        fault_accepting(lambda p: decode_credentials(p.headers) == PROOF_TARGET.keys["api"]),
+        ["credentials without a colon are answered with 401"],
     ),
     "a password is ignored": (
-        accepts(lambda p: decode_credentials(p.headers) == FAULTY_TARGET.keys["api"] + ":x"),
-        ["an API key with a password is answered 401"],
+        fault_accepting(lambda p: decode_credentials(p.headers) == PROOF_TARGET.keys["api"] + ":x"),
+        ["an API key with a password is answered with 401"],
     ),
     "a 401 has no challenge": (
-        instead_of(401, KitReply(401, {"content-type": "application/json"}, b'{"message": "No"}')),
+        fault_replacing(
+            401, KitReply(401, {"content-type": "application/json"}, b'{"message": "No"}')
+        ),
         ["a reply of 401 has WWW-Authenticate"],
     ),
     "an empty body is accepted": (
-        accepts(lambda p: p.correct.status == 400 and not p.request.body),
-        ["an empty body is answered 400"],
+        fault_accepting(lambda p: p.correct.status == 400 and not p.request.body),
+        ["an empty body is answered with 400"],
     ),
     "an empty body crashes": (
         lambda p: 500 if not p.request.body else None,
-        ["an empty body is answered 400"],
+        ["an empty body is answered with 400"],
     ),
     "a body that is not JSON crashes": (
         lambda p: 500 if p.call is NOT_JSON and p.correct.status == 400 else None,
-        ["a body that is not JSON is answered 400"],
+        ["a body that is not JSON is answered with 400"],
     ),
     "a body that is not JSON is accepted": (
-        accepts(lambda p: p.call is NOT_JSON and p.correct.status == 400),
-        ["a body that is not JSON is answered 400"],
+        fault_accepting(lambda p: p.call is NOT_JSON and p.correct.status == 400),
+        ["a body that is not JSON is answered with 400"],
     ),
     "an array crashes": (
         lambda p: 500 if isinstance(p.call, list) and p.correct.status == 400 else None,
-        ["JSON that is not an object is answered 400"],
+        ["JSON that is not an object is answered with 400"],
     ),
     "null is accepted": (
-        accepts(lambda p: p.call is None),
-        ["JSON that is not an object is answered 400"],
+        fault_accepting(lambda p: p.call is None),
+        ["JSON that is not an object is answered with 400"],
     ),
     "a number crashes": (
         lambda p: 500 if isinstance(p.call, int) else None,
-        ["JSON that is not an object is answered 400"],
+        ["JSON that is not an object is answered with 400"],
     ),
     "a batch is accepted": (
-        accepts(lambda p: isinstance(p.call, dict) and "batch" in p.call),
-        ["a batch of calls is answered 400"],
+        fault_accepting(lambda p: isinstance(p.call, dict) and "batch" in p.call),
+        ["a batch of calls is answered with 400"],
     ),
     "a body that is not UTF-8 crashes": (
         lambda p: 500 if b"\xe9" in p.request.body else None,
-        ["a body that is not UTF-8 is answered 400"],
+        ["a body that is not UTF-8 is answered with 400"],
     ),
     "a body that is not UTF-8 is accepted": (
-        accepts(lambda p: b"\xe9" in p.request.body),
-        ["a body that is not UTF-8 is answered 400"],
+        fault_accepting(lambda p: b"\xe9" in p.request.body),
+        ["a body that is not UTF-8 is answered with 400"],
     ),
     "NaN is accepted": (
-        accepts(lambda p: b"NaN" in p.request.body),
-        ["NaN and Infinity are answered 400"],
+        fault_accepting(lambda p: b"NaN" in p.request.body),
+        ["NaN and Infinity are answered with 400"],
     ),
     "deep nesting crashes": (
         lambda p: 500 if b"[[[[" in p.request.body else None,
@@ -6256,129 +6517,131 @@ FAULTS: dict[str, tuple[Fault, list[str]]] = {
         lambda p: 500 if rb"\ud800" in p.request.body else None,
         [NEVER.format("a body that is hard to parse")],
     ),
-    "odd settings crash": (
+    "unexpected settings crash": (  # W10= is [] in base64
         lambda p: 500 if p.headers.get("x-segment-settings") in ("?", "W10=") else None,
         [NEVER.format("an unusual or missing header")],
     ),
     "settings are required": (
-        refuses(lambda p: "x-segment-settings" not in p.headers),
+        fault_refusing(lambda p: "x-segment-settings" not in p.headers),
         ["a call without X-Segment-Settings is accepted"],
     ),
-    "no Content-Type crashes": (
+    "a missing Content-Type causes a crash": (
         lambda p: 500 if "content-type" not in p.headers else None,
         [NEVER.format("an unusual or missing header")],
     ),
     "a charset is refused": (
-        refuses(lambda p: "charset" in p.headers.get("content-type", ""), 415),
+        fault_refusing(lambda p: "charset" in p.headers.get("content-type", ""), 415),
         ["a Content-Type with a charset is accepted"],
     ),
     "a vendor's media type is refused": (
-        refuses(lambda p: "vnd" in p.headers.get("content-type", ""), 415),
+        fault_refusing(lambda p: "vnd" in p.headers.get("content-type", ""), 415),
         ["a vendor's media type is accepted"],
     ),
     "an unknown type is 400": (
-        instead_of(501, 400),
-        ["a type that Segment does not have is answered 501"],
+        fault_replacing(501, 400),
+        ["a type that Segment does not have is answered with 501"],
     ),
     "an unknown type is accepted": (
-        instead_of(501, 200),
-        ["a type that Segment does not have is answered 501"],
+        fault_replacing(501, 200),
+        ["a type that Segment does not have is answered with 501"],
     ),
     "an unsupported type is 404": (
-        instead_of(501, 404),
-        ["a type that is not in CALLS is answered 501"],
+        fault_replacing(501, 404),
+        ["a type that is not in CALLS is answered with 501"],
     ),
     "the case of a type is ignored": (
-        accepts(lambda p: is_call(p) and p.call.get("type") == "Track"),
-        ["a type that Segment does not have is answered 501"],
+        fault_accepting(lambda p: is_call(p) and p.call.get("type") == "Track"),
+        ["a type that Segment does not have is answered with 501"],
     ),
-    "the name of a method is a type": (
-        crashes_on("any", lambda call: call.get("type") in ("constructor", "__class__")),
-        ["a type that Segment does not have is answered 501"],
+    "a type that is named like a built-in attribute crashes": (
+        fault_crashing("any", lambda call: call.get("type") in ("constructor", "__class__")),
+        ["a type that Segment does not have is answered with 501"],
     ),
     "a type that is an object crashes": (
-        crashes_on("any", lambda call: isinstance(call.get("type"), dict)),
-        [NEVER.format("a call whose type is odd")],
+        fault_crashing("any", lambda call: isinstance(call.get("type"), dict)),
+        [NEVER.format("a call whose type is unexpected")],
     ),
     "a type that is null crashes": (
-        crashes_on("any", lambda call: call.get("type") is None),
-        [NEVER.format("a call whose type is odd")],
+        fault_crashing("any", lambda call: call.get("type") is None),
+        [NEVER.format("a call whose type is unexpected")],
     ),
     "a missing type is 501": (
         lambda p: (
             501 if is_call(p) and not p.call.get("type") and p.correct.status == 400 else None
         ),
-        ["a call without a type is answered 400"],
+        ["a call without a type is answered with 400"],
     ),
     "screen is accepted": (
-        accepts(lambda p: is_call(p) and p.call.get("type") == "screen"),
-        ["a type that is not in CALLS is answered 501"],
+        fault_accepting(lambda p: is_call(p) and p.call.get("type") == "screen"),
+        ["a type that is not in CALLS is answered with 501"],
     ),
     "identify is not supported": (
-        refuses(lambda p: p.call["type"] == "identify", 501),
+        fault_refusing(lambda p: p.call["type"] == "identify", 501),
         ["an identify call is accepted"],
     ),
     "page needs a name": (
-        refuses(lambda p: p.call["type"] == "page" and not p.call.get("name")),
+        fault_refusing(lambda p: p.call["type"] == "page" and not p.call.get("name")),
         ["a page call with only the required fields is accepted"],
     ),
     "identify needs traits": (
-        refuses(lambda p: p.call["type"] == "identify" and not p.call.get("traits")),
+        fault_refusing(lambda p: p.call["type"] == "identify" and not p.call.get("traits")),
         ["an identify call with only the required fields is accepted"],
     ),
     "group without traits crashes": (
-        crashes_on("group", lambda call: "traits" not in call),
+        fault_crashing("group", lambda call: "traits" not in call),
         [NEVER.format("a group call with only the required fields")],
     ),
     "track without properties crashes": (
-        crashes_on("track", lambda call: "properties" not in call),
+        fault_crashing("track", lambda call: "properties" not in call),
         [NEVER.format("a track call with a missing field")],
     ),
     "page without context crashes": (
-        crashes_on("page", lambda call: "context" not in call),
+        fault_crashing("page", lambda call: "context" not in call),
         [NEVER.format("a page call with a missing field")],
     ),
     "track without a message_id crashes": (
-        crashes_on("track", lambda call: "message_id" not in call),
+        fault_crashing("track", lambda call: "message_id" not in call),
         [NEVER.format("a track call with a missing field")],
     ),
     "track without a timestamp crashes": (
-        crashes_on("track", lambda call: "timestamp" not in call),
+        fault_crashing("track", lambda call: "timestamp" not in call),
         [NEVER.format("a track call with a missing field")],
     ),
-    "track with properties null crashes": (
-        crashes_on("track", lambda call: call.get("properties", {}) is None),
+    "a track call whose properties are null crashes": (
+        fault_crashing("track", lambda call: call.get("properties", {}) is None),
         [
             NEVER.format("a track call with a field that is null"),
-            NEVER.format("a track call with odd properties"),
+            NEVER.format("a track call with unexpected properties"),
         ],
     ),
-    "identify with traits null crashes": (
-        crashes_on("identify", lambda call: call.get("traits", {}) is None),
+    "an identify call whose traits are null crashes": (
+        fault_crashing("identify", lambda call: call.get("traits", {}) is None),
         [NEVER.format("an identify call with a field that is null")],
     ),
-    "group with context null crashes": (
-        crashes_on("group", lambda call: call.get("context", {}) is None),
+    "a group call whose context is null crashes": (
+        fault_crashing("group", lambda call: call.get("context", {}) is None),
         [NEVER.format("a group call with a field that is null")],
     ),
-    "identify with traits that are text crashes": (
-        crashes_on("identify", lambda call: isinstance(call.get("traits"), str)),
-        [NEVER.format("an identify call with odd traits")],
+    "an identify call whose traits are text crashes": (
+        fault_crashing("identify", lambda call: isinstance(call.get("traits"), str)),
+        [NEVER.format("an identify call with unexpected traits")],
     ),
-    "track with properties that are an array crashes": (
-        crashes_on("track", lambda call: isinstance(call.get("properties"), list)),
-        [NEVER.format("a track call with odd properties")],
+    "a track call whose properties are an array crashes": (
+        fault_crashing("track", lambda call: isinstance(call.get("properties"), list)),
+        [NEVER.format("a track call with unexpected properties")],
     ),
-    "page with properties that are true crashes": (
-        crashes_on("page", lambda call: call.get("properties") is True),
-        [NEVER.format("a page call with odd properties")],
+    "a page call whose properties are true crashes": (
+        fault_crashing("page", lambda call: call.get("properties") is True),
+        [NEVER.format("a page call with unexpected properties")],
     ),
-    "group with traits that are zero crashes": (
-        crashes_on("group", lambda call: call.get("traits") == 0 and call["traits"] is not False),
-        [NEVER.format("a group call with odd traits")],
+    "a group call whose traits are 0 crashes": (
+        fault_crashing(
+            "group", lambda call: call.get("traits") == 0 and call["traits"] is not False
+        ),
+        [NEVER.format("a group call with unexpected traits")],
     ),
-    "identify with an email that is null crashes": (
-        crashes_on(
+    "an identify call whose email is not text crashes": (
+        fault_crashing(
             "identify",
             lambda call: (
                 isinstance(call.get("traits"), dict)
@@ -6386,60 +6649,60 @@ FAULTS: dict[str, tuple[Fault, list[str]]] = {
                 and not isinstance(call["traits"]["email"], str)
             ),
         ),
-        [NEVER.format("an identify call with odd traits")],
+        [NEVER.format("an identify call with unexpected traits")],
     ),
     "a NUL in properties crashes": (
-        crashes_on("track", lambda call: "\\u0000" in json.dumps(call.get("properties"))),
-        [NEVER.format("a track call with odd properties")],
+        fault_crashing("track", lambda call: "\\u0000" in json.dumps(call.get("properties"))),
+        [NEVER.format("a track call with unexpected properties")],
     ),
-    "an integer of 70 bits crashes": (
-        crashes_on(
+    "the integer 2**70 crashes": (
+        fault_crashing(
             "track", lambda call: "1180591620717411303424" in json.dumps(call.get("properties"))
         ),
-        [NEVER.format("a track call with odd properties")],
+        [NEVER.format("a track call with unexpected properties")],
     ),
-    "a key with a dot crashes": (
-        crashes_on("identify", lambda call: "a.b" in json.dumps(call.get("traits"))),
-        [NEVER.format("an identify call with odd traits")],
+    "a trait whose name has a dot crashes": (
+        fault_crashing("identify", lambda call: "a.b" in json.dumps(call.get("traits"))),
+        [NEVER.format("an identify call with unexpected traits")],
     ),
     "text beyond ASCII is refused": (
-        refuses(lambda p: "日本" in p.request.body.decode()),
+        fault_refusing(lambda p: "日本" in p.request.body.decode()),
         ["non-ASCII text is accepted"],
     ),
     "an emoji crashes": (
-        crashes_on("any", lambda call: call.get("user_id") == "😀"),
-        [NEVER.format("a track call with an odd user_id")],
+        fault_crashing("any", lambda call: call.get("user_id") == "😀"),
+        [NEVER.format("a track call with an unexpected user_id")],
     ),
     "a user_id that is a number crashes": (
-        crashes_on("identify", lambda call: isinstance(call.get("user_id"), int)),
-        [NEVER.format("an identify call with an odd user_id")],
+        fault_crashing("identify", lambda call: isinstance(call.get("user_id"), int)),
+        [NEVER.format("an identify call with an unexpected user_id")],
     ),
     "a user_id that is a number is refused": (
-        refuses(lambda p: isinstance(p.call.get("user_id"), int)),
+        fault_refusing(lambda p: isinstance(p.call.get("user_id"), int)),
         ["ids that are numbers are accepted"],
     ),
     "a user_id that is an object crashes": (
-        crashes_on("page", lambda call: isinstance(call.get("user_id"), dict)),
-        [NEVER.format("a page call with an odd user_id")],
+        fault_crashing("page", lambda call: isinstance(call.get("user_id"), dict)),
+        [NEVER.format("a page call with an unexpected user_id")],
     ),
     "a NUL in a user_id crashes": (
-        crashes_on("group", lambda call: "\0" in str(call.get("user_id"))),
-        [NEVER.format("a group call with an odd user_id")],
+        fault_crashing("group", lambda call: "\0" in str(call.get("user_id"))),
+        [NEVER.format("a group call with an unexpected user_id")],
     ),
     "a NUL in an id is accepted": (
-        accepts(lambda p: is_call(p) and "\0" in str(p.call.get("user_id"))),
-        ["an id with a NUL in it is answered 400"],
+        fault_accepting(lambda p: is_call(p) and "\0" in str(p.call.get("user_id"))),
+        ["an id with a NUL in it is answered with 400"],
     ),
     "a long user_id crashes": (
-        crashes_on("track", lambda call: len(str(call.get("user_id"))) > 255),
-        [NEVER.format("a track call with an odd user_id")],
+        fault_crashing("track", lambda call: len(str(call.get("user_id"))) > 255),
+        [NEVER.format("a track call with an unexpected user_id")],
     ),
     "a user_id is required": (
-        refuses(lambda p: not p.call.get("user_id", p.call.get("userId"))),
+        fault_refusing(lambda p: not p.call.get("user_id", p.call.get("userId"))),
         ["an anonymous call is accepted"],
     ),
-    "no user at all is accepted": (
-        accepts(
+    "a call without a user is accepted": (
+        fault_accepting(
             lambda p: (
                 is_call(p)
                 and p.correct.status == 400
@@ -6447,131 +6710,135 @@ FAULTS: dict[str, tuple[Fault, list[str]]] = {
                 and not p.call.get("anonymous_id")
             )
         ),
-        ["a call without any user is answered 400"],
+        ["a call without any user is answered with 400"],
     ),
-    "no user at all crashes": (
-        crashes_on("track", lambda call: not call.get("user_id") and not call.get("anonymous_id")),
-        [NEVER.format("a track call with an odd user_id")],
+    "a call without a user crashes": (
+        fault_crashing(
+            "track", lambda call: not call.get("user_id") and not call.get("anonymous_id")
+        ),
+        [NEVER.format("a track call with an unexpected user_id")],
     ),
     "a track without an event is accepted": (
-        accepts(lambda p: is_call(p) and p.call.get("type") == "track" and not p.call.get("event")),
-        ["a track call without an event is answered 400"],
+        fault_accepting(
+            lambda p: is_call(p) and p.call.get("type") == "track" and not p.call.get("event")
+        ),
+        ["a track call without an event is answered with 400"],
     ),
     "a track without an event crashes": (
-        crashes_on("track", lambda call: not call.get("event")),
-        ["a track call without an event is answered 400"],
+        fault_crashing("track", lambda call: not call.get("event")),
+        ["a track call without an event is answered with 400"],
     ),
     "an event that is a number crashes": (
-        crashes_on("track", lambda call: isinstance(call.get("event"), int)),
-        [NEVER.format("a track call with an odd event")],
+        fault_crashing("track", lambda call: isinstance(call.get("event"), int)),
+        [NEVER.format("a track call with an unexpected event")],
     ),
     "a name that is an object crashes": (
-        crashes_on("page", lambda call: isinstance(call.get("name"), dict)),
-        [NEVER.format("a page call with an odd name")],
+        fault_crashing("page", lambda call: isinstance(call.get("name"), dict)),
+        [NEVER.format("a page call with an unexpected name")],
     ),
     "a group without a group_id crashes": (
-        crashes_on("group", lambda call: not call.get("group_id")),
-        ["a group call without a group_id is answered 400"],
+        fault_crashing("group", lambda call: not call.get("group_id")),
+        ["a group call without a group_id is answered with 400"],
     ),
     "a group_id that is a number crashes": (
-        crashes_on("group", lambda call: isinstance(call.get("group_id"), int)),
-        [NEVER.format("a group call with an odd group_id")],
+        fault_crashing("group", lambda call: isinstance(call.get("group_id"), int)),
+        [NEVER.format("a group call with an unexpected group_id")],
     ),
     "traits that are text are accepted": (
-        accepts(lambda p: is_call(p) and isinstance(p.call.get("traits"), str)),
-        ["traits that are not an object are answered 400"],
+        fault_accepting(lambda p: is_call(p) and isinstance(p.call.get("traits"), str)),
+        ["traits that are not an object are answered with 400"],
     ),
     "an empty array is refused": (
-        refuses(lambda p: [] in (p.call.get("traits"), p.call.get("properties"))),
+        fault_refusing(lambda p: [] in (p.call.get("traits"), p.call.get("properties"))),
         ["an empty array in place of an empty object is accepted"],
     ),
     "a context that is an array crashes": (
-        crashes_on("track", lambda call: isinstance(call.get("context"), list)),
-        [NEVER.format("a call with an odd context")],
+        fault_crashing("track", lambda call: isinstance(call.get("context"), list)),
+        [NEVER.format("a call with an unexpected context")],
     ),
     "a library that is null crashes": (
-        crashes_on(
+        fault_crashing(
             "track",
             lambda call: (
                 isinstance(call.get("context"), dict) and call["context"].get("library", {}) is None
             ),
         ),
-        [NEVER.format("a call with an odd context")],
+        [NEVER.format("a call with an unexpected context")],
     ),
     "integrations that are an array crash": (
-        crashes_on("track", lambda call: isinstance(call.get("integrations"), list)),
-        [NEVER.format("a call with odd integrations")],
+        fault_crashing("track", lambda call: isinstance(call.get("integrations"), list)),
+        [NEVER.format("a call with unexpected integrations")],
     ),
     "a timestamp in words crashes": (
-        crashes_on("track", lambda call: call.get("timestamp") == "yesterday"),
-        ["a timestamp that is not a time is answered 400"],
+        fault_crashing("track", lambda call: call.get("timestamp") == "yesterday"),
+        ["a timestamp that is not a time is answered with 400"],
     ),
     "a timestamp in words is accepted": (
-        accepts(lambda p: is_call(p) and p.call.get("timestamp") == "yesterday"),
-        ["a timestamp that is not a time is answered 400"],
+        fault_accepting(lambda p: is_call(p) and p.call.get("timestamp") == "yesterday"),
+        ["a timestamp that is not a time is answered with 400"],
     ),
     "an empty timestamp is refused": (
-        refuses(lambda p: p.call.get("timestamp") == ""),
+        fault_refusing(lambda p: p.call.get("timestamp") == ""),
         ["an empty timestamp is accepted"],
     ),
     "a timestamp that is a number crashes": (
-        crashes_on("track", lambda call: isinstance(call.get("timestamp"), int)),
-        [NEVER.format("a call with an odd timestamp")],
+        fault_crashing("track", lambda call: isinstance(call.get("timestamp"), int)),
+        [NEVER.format("a call with an unexpected timestamp")],
     ),
     "a timestamp needs a zone": (
-        refuses(lambda p: str(p.call.get("timestamp")).endswith(".250")),
+        fault_refusing(lambda p: str(p.call.get("timestamp")).endswith(".250")),
         ["a timestamp without a zone is accepted"],
     ),
     "a timestamp must end in Z": (
-        refuses(lambda p: "+01" in str(p.call.get("timestamp"))),
+        fault_refusing(lambda p: "+01" in str(p.call.get("timestamp"))),
         ["a timestamp with an offset is accepted"],
     ),
     "a timestamp needs milliseconds": (
-        refuses(lambda p: str(p.call.get("timestamp")).endswith(":07Z")),
+        fault_refusing(lambda p: str(p.call.get("timestamp")).endswith(":07Z")),
         ["a timestamp in whole seconds is accepted"],
     ),
     "a sent_at that is not a time is refused": (
-        refuses(lambda p: str(p.call.get("sent_at")).endswith(":Z")),
+        fault_refusing(lambda p: str(p.call.get("sent_at")).endswith(":Z")),
         ["a sent_at that is not a time is accepted"],
     ),
     "a received_at that is null crashes": (
-        crashes_on("track", lambda call: call.get("received_at", "") is None),
-        [NEVER.format("a call with an odd received_at")],
+        fault_crashing("track", lambda call: call.get("received_at", "") is None),
+        [NEVER.format("a call with an unexpected received_at")],
     ),
     "a version that is text is refused": (
-        refuses(lambda p: isinstance(p.call.get("version"), str)),
+        fault_refusing(lambda p: isinstance(p.call.get("version"), str)),
         ["a version that is text is accepted"],
     ),
     "old calls are refused": (
-        refuses(lambda p: str(p.call.get("timestamp")).startswith("2012")),
+        fault_refusing(lambda p: str(p.call.get("timestamp")).startswith("2012")),
         ["a replay of a call from years ago is accepted"],
     ),
-    "camelCase is refused": (refuses(lambda p: "userId" in p.call), [CAMEL]),
-    "camelCase crashes": (crashes_on("group", lambda call: "groupId" in call), [CAMEL]),
+    "camelCase is refused": (fault_refusing(lambda p: "userId" in p.call), [CAMEL]),
+    "camelCase crashes": (fault_crashing("group", lambda call: "groupId" in call), [CAMEL]),
     "unknown fields are refused": (
-        refuses(lambda p: "colour" in p.call),
+        fault_refusing(lambda p: "colour" in p.call),
         ["an unknown field is accepted"],
     ),
     "a body over 16 KB is refused": (
-        refuses(lambda p: len(p.request.body) > 16_384, 413),
+        fault_refusing(lambda p: len(p.request.body) > 16_384, 413),
         ["a call of 32 KB is accepted"],
     ),
     "a duplicate is 409": (answers_409_to_duplicates(), [SEEN_TWICE]),
     "a crashed call is marked as seen": (
         marks_as_seen_and_crashes(),
-        ["a retry of a call that was answered 5xx is not dismissed as a duplicate"],
+        ["a retry of a call that was answered with 5xx is not dismissed as a duplicate"],
     ),
     "a refused call passes when it is sent again": (
         accepts_refused_calls_when_retried(),
         ["a call that was refused is refused again"],
     ),
     "GET is accepted": (
-        accepts(lambda p: p.request.method == "GET"),
-        ["GET, PUT and DELETE are answered 405 or 404"],
+        fault_accepting(lambda p: p.request.method == "GET"),
+        ["GET, PUT and DELETE are answered with 405 or 404"],
     ),
     "PUT is 501": (
         lambda p: 501 if p.request.method == "PUT" else None,
-        ["GET, PUT and DELETE are answered 405 or 404"],
+        ["GET, PUT and DELETE are answered with 405 or 404"],
     ),
     "a refusal is typed as text": (
         lambda p: (
@@ -6597,14 +6864,14 @@ FAULTS: dict[str, tuple[Fault, list[str]]] = {
     ),
     "a refusal has no body": (
         lambda p: p.correct._replace(body=b"") if p.correct.body else None,
-        ["a refusal has a body that says why"],
+        ["the body of a refusal is not empty"],
     ),
     "a refusal shows the API key": (
-        lambda p: refuse(501, f"for {p.login}") if p.correct.status == 501 else None,
+        lambda p: error_reply(501, f"for {p.login}") if p.correct.status == 501 else None,
         ["no reply shows an API key"],
     ),
     "a refusal shows a traceback": (
-        instead_of(501, refuse(501, "Traceback (most recent call last)")),
+        fault_replacing(501, error_reply(501, "Traceback (most recent call last)")),
         ["no reply shows a traceback"],
     ),
 }
@@ -6622,7 +6889,7 @@ class OriginalTypes(Recorder):
 
 
 class Crashing(OriginalTypes):
-    """A destination that crashes on an odd event."""
+    """A destination that crashes on an unexpected event."""
 
     def track(self, *arguments: Any) -> Any:
         if arguments[1] == "😀":
@@ -6653,17 +6920,18 @@ def test_a_run_of_the_kit_ends_with_its_counts_and_status_0() -> None:
     lines = done.stdout.strip().splitlines()
     assert re.match("Sending calls to https://127.0.0.1:.* user id conformance-", lines[0])
     assert re.fullmatch(r"\d+ kept, 0 broken, \d+ not checked", lines[-1])
-    assert "no LIMITED_KEY was given" in done.stdout
-    assert basic("segment").split()[1] not in done.stdout
+    assert "Not checked (no LIMITED_KEY was given):\n  an API key that does not" in done.stdout
 
 
 def test_a_broken_must_fails_the_run_with_status_1_and_shows_the_request() -> None:
-    done = run_kit(Crashing(), "-k", "odd_event or success")  # the latter is kept
+    done = run_kit(Crashing(), "-k", "unexpected_event or success")  # the latter is kept
     assert done.returncode == 1
-    assert "MUST broken: a track call with an odd event is never answered 5xx" in done.stdout
+    broken = 'MUST broken: "a track call with an unexpected event is never answered with 5xx"'
+    assert broken in done.stdout
     assert "expected 2xx, 4xx or 501, but got" in done.stdout
     assert '500 to a track call with event "😀"' in done.stdout
     assert '> Authorization: Basic base64("YOUR_API_KEY:")' in done.stdout
+    assert basic("segment").split()[1] not in done.stdout
     assert done.stdout.strip().endswith("1 kept, 1 broken, 0 not checked")
 
 
@@ -6671,7 +6939,7 @@ def test_a_broken_must_fails_the_run_with_status_1_and_shows_the_request() -> No
 def test_a_broken_should_fails_the_run_only_if_strict(strict: str, status: int) -> None:
     done = run_kit(Strict(), "-k", "only_the_required_fields_is_accepted", STRICT=strict)
     assert done.returncode == status
-    assert "SHOULD broken: a track call with only the required fields" in done.stdout
+    assert 'SHOULD broken: "a track call with only the required fields' in done.stdout
 
 
 def test_pytest_exits_with_2_if_the_run_cannot_begin() -> None:
@@ -6681,7 +6949,7 @@ def test_pytest_exits_with_2_if_the_run_cannot_begin() -> None:
     assert "0 kept" not in done.stdout
 
 
-def test_a_longer_marker_expression_is_refused_and_k_is_suggested() -> None:
+def test_a_marker_expression_other_than_conformance_alone_is_refused() -> None:
     done = run_kit(OriginalTypes(), "-m", "conformance and not slow")
     assert done.returncode == 2
     assert "Use -m conformance alone, and -k to select checks" in done.stdout + done.stderr
@@ -6692,7 +6960,7 @@ def test_a_must_that_was_cut_short_makes_the_exit_status_2(monkeypatch: pytest.M
         raise CutShortError("no time was left")
 
     check = next(check for check in CHECKS if check.sentence == "a track call is accepted")
-    finding = judge(check, FAULTY_TARGET, transport)
+    finding = judge(check, PROOF_TARGET, transport)
     monkeypatch.setitem(FINDINGS, check.sentence, finding)
     session: Any = types.SimpleNamespace(exitstatus=pytest.ExitCode.OK)
     Report().pytest_sessionfinish(session)
@@ -6700,10 +6968,10 @@ def test_a_must_that_was_cut_short_makes_the_exit_status_2(monkeypatch: pytest.M
 
 
 def test_no_request_is_sent_when_the_time_of_the_run_is_over() -> None:
-    transport = HttpTransport(FAULTY_TARGET)
+    transport = HttpTransport(PROOF_TARGET)
     transport.deadline = time.monotonic() - 1
     with pytest.raises(CutShortError, match="no time was left"):
-        transport(build_request(PLAIN, FAULTY_TARGET))
+        transport(build_request(PLAIN, PROOF_TARGET))
 
 
 def test_the_checks_are_listed_without_an_endpoint() -> None:
@@ -6734,7 +7002,7 @@ def test_a_run_that_cannot_begin_says_why(variables: dict[str, str], text: str) 
     with receiver.serve(OriginalTypes(), port=0, quiet=True) as server:
         usual = {"ENDPOINT": server.url, "API_KEY": "segment", "CA": str(CERT)}
         with pytest.raises(pytest.exit.Exception, match=re.escape(text)) as stopped:
-            check_that_it_answers(target_from({**usual, **variables}))
+            require_accepted_call(target_from({**usual, **variables}))
     assert stopped.value.returncode == 2
 
 
@@ -6742,7 +7010,7 @@ def test_a_run_against_another_path_says_to_check_the_path() -> None:
     with receiver.serve(OriginalTypes(), port=0, quiet=True) as server:
         usual = {"ENDPOINT": server.url + "elsewhere", "API_KEY": "segment", "CA": str(CERT)}
         with pytest.raises(pytest.exit.Exception, match="answers 404 .* check the path"):
-            check_that_it_answers(target_from(usual))
+            require_accepted_call(target_from(usual))
 
 
 def unused_port() -> int:
@@ -6755,14 +7023,14 @@ def unused_port() -> int:
 def test_a_run_against_a_port_on_which_nothing_listens_says_so() -> None:
     variables = {"ENDPOINT": f"http://127.0.0.1:{unused_port()}/", "API_KEY": "segment"}
     with pytest.raises(pytest.exit.Exception, match="cannot be reached: .* refused"):
-        check_that_it_answers(target_from(variables))
+        require_accepted_call(target_from(variables))
 
 
 @contextlib.contextmanager
 def raw_endpoint(reply: Callable[[socket.socket], object], until: bytes = b"}") -> Iterator[str]:
-    """An address on loopback that handles each connection with a function.
+    """The address of a server on loopback, which calls `reply` for each connection.
 
-    It first reads until the data ends with these bytes.
+    It first reads until what has been received ends with `until`; if that is empty, it reads once.
     """
     stopping = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -6776,7 +7044,7 @@ def raw_endpoint(reply: Callable[[socket.socket], object], until: bytes = b"}") 
 
         def handle(sock: socket.socket) -> None:
             with sock, contextlib.suppress(OSError):
-                # A close with unread data would reset the connection, and with it the reply.
+                # Closing with unread data would reset the connection, and could lose the reply.
                 while (received := sock.recv(65_536)) and not received.endswith(until):
                     pass
                 reply(sock)
@@ -6790,25 +7058,25 @@ def raw_endpoint(reply: Callable[[socket.socket], object], until: bytes = b"}") 
             thread.join()
 
 
-KIT_API_KEY = {"api": "kit-key-5f2c"}
+ONE_KEY = {"api": "kit-key-5f2c"}
 OK_REPLY = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 ERROR_REPLY = b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n"
 
 
 def as_https(url: str) -> Target:
-    """This address, as though it were one of HTTPS."""
+    """A target whose https:// URL leads to a server without TLS."""
     url = url.replace("http://", "https://")
-    return Target(url, KIT_API_KEY, context=ssl.create_default_context())
+    return Target(url, ONE_KEY, context=ssl.create_default_context())
 
 
 def test_the_kit_reports_an_endpoint_that_serves_plain_http() -> None:
     with raw_endpoint(lambda sock: sock.sendall(OK_REPLY)) as url:
         target = as_https(url)
-        with pytest.raises(BrokenError, match="is served"):
+        with pytest.raises(BrokenError, match="^http://.* answers with 200"):
             check_plain_http(target, HttpTransport(target))
 
 
-def test_the_kit_accepts_that_plain_http_is_not_answered() -> None:
+def test_an_endpoint_that_does_not_answer_plain_http_breaks_nothing() -> None:
     with raw_endpoint(lambda sock: None) as url:
         target = as_https(url)
         check_plain_http(target, HttpTransport(target))
@@ -6827,7 +7095,7 @@ def test_the_kit_reports_an_endpoint_that_speaks_old_tls() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
-def test_the_kit_accepts_that_old_tls_is_refused_with_an_alert() -> None:
+def test_an_endpoint_that_refuses_old_tls_with_an_alert_breaks_nothing() -> None:
     with raw_endpoint(lambda sock: sock.sendall(ALERT), until=b"") as url:
         target = as_https(url)
         check_old_tls(target, HttpTransport(target))
@@ -6840,16 +7108,21 @@ def test_old_tls_is_not_checked_if_nothing_listens() -> None:
         check_old_tls(target, HttpTransport(target))
 
 
-def test_the_kit_reports_an_endpoint_that_fails_under_sixteen_connections() -> None:
-    with raw_endpoint(lambda sock: sock.sendall(ERROR_REPLY)) as url:
-        target = Target(url, KIT_API_KEY)
+def test_the_kit_reports_an_endpoint_that_fails_from_the_sixteenth_connection() -> None:
+    numbers = itertools.count(1)
+
+    def reply(sock: socket.socket) -> None:
+        sock.sendall(OK_REPLY if next(numbers) < 16 else ERROR_REPLY)
+
+    with raw_endpoint(reply) as url:
+        target = Target(url, ONE_KEY)
         with pytest.raises(BrokenError, match="500 to a plain call"):
             check_sixteen_connections(target, HttpTransport(target))
 
 
 def test_the_kit_reports_an_endpoint_that_closes_without_saying_so() -> None:
     with raw_endpoint(lambda sock: sock.sendall(OK_REPLY)) as url:
-        target = Target(url, KIT_API_KEY)
+        target = Target(url, ONE_KEY)
         with pytest.raises(BrokenError, match="the connection does not work after a plain track"):
             check_connection_stays_open(target, HttpTransport(target))
 
@@ -6857,7 +7130,7 @@ def test_the_kit_reports_an_endpoint_that_closes_without_saying_so() -> None:
 def test_the_kit_reports_an_endpoint_that_says_it_closes() -> None:
     reply = OK_REPLY.replace(b"OK\r\n", b"OK\r\nConnection: close\r\n")
     with raw_endpoint(lambda sock: sock.sendall(reply)) as url:
-        target = Target(url, KIT_API_KEY)
+        target = Target(url, ONE_KEY)
         with pytest.raises(BrokenError, match="the connection is closed after a plain track"):
             check_connection_stays_open(target, HttpTransport(target))
 
@@ -6869,7 +7142,7 @@ def test_the_kit_reports_an_endpoint_that_serves_one_connection_at_a_time(
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
-        target = Target(f"http://127.0.0.1:{server.server_address[1]}/", KIT_API_KEY)
+        target = Target(f"http://127.0.0.1:{server.server_address[1]}/", ONE_KEY)
         try:
             with pytest.raises(BrokenError, match="while a client is connected and says nothing"):
                 check_silent_connection(target, HttpTransport(target))
@@ -6903,7 +7176,7 @@ def test_a_reply_that_never_ends_does_not_hold_up_the_run(
 ) -> None:
     monkeypatch.setattr(sys.modules[__name__], "REPLY_SECONDS", 0.5)
     with raw_endpoint(reply) as url:
-        target = Target(url, KIT_API_KEY)
+        target = Target(url, ONE_KEY)
         started = time.monotonic()
         with pytest.raises(NoReplyError, match="did not end in time|is longer than"):
             HttpTransport(target)(build_request(PLAIN, target))
@@ -6912,27 +7185,27 @@ def test_a_reply_that_never_ends_does_not_hold_up_the_run(
 
 def test_a_rate_limit_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     replies = [
-        b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 3\r\nContent-Length: 0\r\n\r\n",
         OK_REPLY,
     ]
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     with raw_endpoint(lambda sock: sock.sendall(replies.pop(0))) as url:
-        target = Target(url, KIT_API_KEY)
+        target = Target(url, ONE_KEY)
         assert HttpTransport(target)(build_request(PLAIN, target)).status == 200
-    assert waited == [1.0]
+    assert waited == [3.0]
 
 
-def test_a_rate_limit_that_outlasts_the_run_leaves_the_check_unmade() -> None:
+def test_a_rate_limit_that_outlasts_the_run_skips_the_check() -> None:
     reply = b"HTTP/1.1 503 No\r\nRetry-After: 3600\r\nContent-Length: 0\r\n\r\n"
     with raw_endpoint(lambda sock: sock.sendall(reply)) as url:
-        target = Target(url, KIT_API_KEY)
-        with pytest.raises(CutShortError, match="asks to wait longer"):
+        target = Target(url, ONE_KEY)
+        with pytest.raises(CutShortError, match="asks the kit to wait 3600 seconds"):
             HttpTransport(target)(build_request(PLAIN, target))
 
 
 def test_after_five_refused_connections_no_more_are_tried() -> None:
-    target = Target(f"http://127.0.0.1:{unused_port()}/", KIT_API_KEY)
+    target = Target(f"http://127.0.0.1:{unused_port()}/", ONE_KEY)
     transport = HttpTransport(target)
     for _ in range(5):
         with pytest.raises(NoReplyError):
@@ -6948,9 +7221,9 @@ def test_a_key_without_letters_cannot_be_sent_in_another_case() -> None:
 
 
 def test_the_path_of_the_endpoint_is_shown_even_if_the_api_key_is_a_part_of_it() -> None:
-    target = Target("https://example.com/segment?a=1", {"api": "segment"})
+    target = Target("https://example.com/kit-key-5f2c?a=1", ONE_KEY)
     shown_request = show_exchange(build_request(PLAIN, target), None, target)
-    assert shown_request.startswith("  > POST /segment?a=1 HTTP/1.1")
+    assert shown_request.startswith("  > POST /kit-key-5f2c?a=1 HTTP/1.1")
 
 
 @cases(
@@ -6965,7 +7238,7 @@ def test_the_path_of_the_endpoint_is_shown_even_if_the_api_key_is_a_part_of_it()
     },
 )
 def test_the_kit_recognizes_a_traceback_of_this_language(traceback: bytes) -> None:
-    assert not shows_no_traceback(KitReply(500, {}, traceback), FAULTY_TARGET)
+    assert not shows_no_traceback(KitReply(500, {}, traceback), PROOF_TARGET)
 
 
 def test_control_characters_of_a_reply_are_escaped() -> None:
@@ -6975,12 +7248,15 @@ def test_control_characters_of_a_reply_are_escaped() -> None:
 # ==================================================================================================
 # The project
 #
-# receiver.py needs nothing but Python, the certificate is made as it should be, and the README's
-# commands, tables, links and solutions are right.
+# receiver.py needs nothing but Python, and `make certs` makes a certificate for localhost. What the
+# README says is right: its commands, tables, links and solutions, its WSGI application, and its
+# program for PostgreSQL.
 # ==================================================================================================
 
 README = (HERE / "README.md").read_text()
-OUTSIDE_MAKE = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+ENVIRONMENT_WITHOUT_MAKE = {
+    name: value for name, value in os.environ.items() if not name.startswith("MAKE")
+}
 
 
 def test_the_receiver_imports_nothing_outside_the_standard_library() -> None:
@@ -6993,15 +7269,17 @@ def test_the_receiver_imports_nothing_outside_the_standard_library() -> None:
     assert imported <= set(sys.stdlib_module_names)
 
 
-def test_the_receiver_can_be_imported_without_modules_that_only_unix_has() -> None:
+def test_the_receiver_can_be_imported_without_modules_and_signals_that_only_unix_has() -> None:
     unix_only = "('fcntl', 'resource', 'termios', 'pwd')"
-    script = f"import sys; sys.modules.update(dict.fromkeys({unix_only})); import receiver"
+    script = f"import sys; sys.modules.update(dict.fromkeys({unix_only}))\n"
+    script += "import signal; del signal.SIGHUP, signal.SIGUSR1\n"
+    script += "import receiver"
     assert command(sys.executable, "-c", script).returncode == 0
 
 
 def test_make_certs_makes_a_certificate_for_localhost_once(tmp_path: Path) -> None:
     shutil.copy(HERE / "Makefile", tmp_path)
-    made = command("make", "certs", cwd=tmp_path, env=OUTSIDE_MAKE)
+    made = command("make", "certs", cwd=tmp_path, env=ENVIRONMENT_WITHOUT_MAKE)
     assert made.stdout.startswith("Made certs/localhost.pem")
     cert = tmp_path / "certs/localhost.pem"
     text = command("openssl", "x509", "-in", cert, "-noout", "-text").stdout
@@ -7010,7 +7288,7 @@ def test_make_certs_makes_a_certificate_for_localhost_once(tmp_path: Path) -> No
     assert (tmp_path / "certs/localhost-key.pem").stat().st_mode & 0o777 == 0o600
 
     before = cert.read_bytes()
-    assert command("make", "certs", cwd=tmp_path, env=OUTSIDE_MAKE).stdout == ""
+    assert command("make", "certs", cwd=tmp_path, env=ENVIRONMENT_WITHOUT_MAKE).stdout == ""
     assert cert.read_bytes() == before
 
 
@@ -7065,19 +7343,18 @@ def test_every_sh_block_of_the_readme_prints_what_the_readme_shows(tmp_path: Pat
     command("cp", "-r", "receiver.py", "fixtures", "Makefile", "certs", tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
-    first, *others = readme_blocks("sh")
+    start_block, *others = readme_blocks("sh")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**OUTSIDE_MAKE, "PORT": port, "PATH": path}
+    environment = {**ENVIRONMENT_WITHOUT_MAKE, "PORT": port, "PATH": path}
     usual: dict[str, Any] = {"cwd": tmp_path, "env": environment, "start_new_session": True}
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen(
-            ["sh", "-c", first.text], stdout=subprocess.PIPE, stderr=log, text=True, **usual
+            ["sh", "-c", start_block.text], stdout=subprocess.PIPE, stderr=log, text=True, **usual
         )
-    listening, hint = first.output.replace("8443", port).split("\n", 1)
+    listening, hint = start_block.output.replace("8443", port).split("\n", 1)
     try:
         assert server.stdout
         assert server.stdout.readline().strip() == listening
-        command("make", "send", check=True, **usual)
         for block in others:
             done = command("sh", "-ec", block.text.replace("8443", port), **usual)
             assert done.returncode == 0, done
@@ -7101,12 +7378,12 @@ def test_the_smoke_test_of_the_readme_passes(tmp_path: Path) -> None:
 
 
 def test_the_readme_lists_every_option_as_help_does() -> None:
-    text = command(*RECEIVER, "--help", env={**OUTSIDE_MAKE, "COLUMNS": "999"}).stdout
+    text = command(*RECEIVER, "--help", env={**ENVIRONMENT_WITHOUT_MAKE, "COLUMNS": "999"}).stdout
     pattern = r"^  (--[a-z-]+(?: [A-Z:]+)?)\s+(.+?)(?: \(default: (\S+)\))?$"
-    helped = re.findall(pattern, text, re.M)
+    options_of_help = re.findall(pattern, text, re.M)
     table = re.findall(r"^\| `(--[^`]+)` \|(?: `([^`]+)`)? \| (.+?) \|$", README, re.M)
     listed = [(option, description, default) for option, default, description in table]
-    assert [row for row in helped if row[0] != "--version"] == listed
+    assert [row for row in options_of_help if row[0] != "--version"] == listed
     assert listed
 
 
@@ -7136,7 +7413,7 @@ def test_every_test_that_the_readme_names_exists() -> None:
         "This endpoint receives calls that Segment forwards",
         "Unknown API key",
         "API token expired",
-        "log lines were dropped",
+        "Log lines dropped",
     ],
 )
 def test_a_message_that_the_readme_explains_exists(text: str) -> None:
@@ -7184,10 +7461,10 @@ def solution(name: str) -> Any:
     return getattr(module, name)()
 
 
-def replies(
+def send_calls(
     destination: receiver.Destination, *calls: Mapping[str, Any], settings: Any = None
 ) -> list[tuple[int, str]]:
-    """What a destination replies to these calls, through the whole protocol."""
+    """Send these calls to a destination, and return the status and the message of each reply."""
     encoded = base64.b64encode(json.dumps(settings or {}).encode()).decode()
     found = []
     for call in calls:
@@ -7215,15 +7492,15 @@ def test_exercise_1_only_a_temporary_problem_is_503(
 ) -> None:
     mailing = solution("Mailing")
     mailing.lists = lists
-    assert replies(mailing, {"traits": traits})[0][0] == status
+    assert send_calls(mailing, {"traits": traits})[0][0] == status
 
 
-def test_exercise_2_a_valid_key_of_a_customer_who_has_not_paid_is_403() -> None:
+def test_exercise_2_a_customer_who_has_not_paid_may_send_identify_but_not_track() -> None:
     paid = solution("Paid")
     paid.unpaid = {"demo"}
-    assert [status for status, _ in replies(paid, ORDER, {})] == [403, 200]
+    assert [status for status, _ in send_calls(paid, ORDER, {})] == [403, 200]
     paid.unpaid = set()
-    assert [status for status, _ in replies(paid, ORDER)] == [200]
+    assert [status for status, _ in send_calls(paid, ORDER)] == [200]
 
 
 WORK = {"traits": {"workEmail": "a@example.com"}}
@@ -7242,7 +7519,7 @@ HOME = {"traits": {"email": "a@example.com"}}
 def test_exercise_3_a_setting_names_the_trait(
     settings: dict[str, Any], calls: list[dict[str, Any]], statuses: list[int]
 ) -> None:
-    found = replies(solution("Addresses"), *calls, settings=settings)
+    found = send_calls(solution("Addresses"), *calls, settings=settings)
     assert [status for status, _ in found] == statuses
 
 
@@ -7250,7 +7527,7 @@ def test_exercise_3_a_setting_names_the_trait(
 def test_exercise_4_the_newest_plan_wins_in_any_order(order: tuple[str, ...]) -> None:
     plans = solution("Plans")
     calls = [{"traits": {"plan": day}, "timestamp": f"2026-01-{day}"} for day in order]
-    replies(plans, *calls)
+    send_calls(plans, *calls)
     assert plans.newest["demo", "u1"] == (DAY_3, "03")
 
 
@@ -7260,20 +7537,20 @@ def test_exercise_5_a_call_is_synced_to_disk_before_it_is_202(
     synced: list[str] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "fsync", lambda _: synced.append(Path("spool.jsonl").read_text()))
-    assert replies(solution("Spool"), ORDER) == [(202, "")]
+    assert send_calls(solution("Spool"), ORDER) == [(202, "")]
     customer, message_id, call = json.loads(synced[-1])
     assert (customer, message_id, call["event"]) == ("demo", "m1", "Order Completed")
 
 
-def test_exercise_6_a_retry_counts_once_and_two_equal_orders_count_twice() -> None:
+def test_exercise_6_a_retry_is_not_another_order_but_an_equal_order_is() -> None:
     orders = solution("Orders")
     other_event = {**ORDER, "event": "Other", "message_id": "m3"}
-    replies(orders, ORDER, {**ORDER, "message_id": "m2"}, ORDER, other_event)
+    send_calls(orders, ORDER, {**ORDER, "message_id": "m2"}, ORDER, other_event)
     assert len(orders.seen) == 2
 
 
 def test_exercise_6_a_forgotten_user_returns_only_by_newer_calls() -> None:
-    found = replies(
+    found = send_calls(
         solution("Forgetful"),
         {"type": "delete", "timestamp": "2026-01-02"},
         {"timestamp": "2026-01-01"},
@@ -7288,11 +7565,14 @@ def test_exercise_7_a_refusal_leaves_the_connection_usable() -> None:
     module.test_a_refusal_leaves_the_connection_usable()
 
 
+# ---- The example of a destination ----------------------------------------------------------------
+
+
 def test_the_contacts_of_the_readme_answer_400_to_a_missing_email() -> None:
     contacts = readme_module("class Contacts(").Contacts()
     expected = [(400, "Missing email address"), (400, "Missing email address"), (200, "")]
     traits = [{}, {"email": 7}, {"email": "a@example.com"}]
-    assert replies(contacts, *({"traits": value} for value in traits)) == expected
+    assert send_calls(contacts, *({"traits": value} for value in traits)) == expected
 
 
 # ---- Behind a WSGI server ------------------------------------------------------------------------
@@ -7317,7 +7597,7 @@ def wsgi_environ(record: Record) -> dict[str, Any]:
     return environ
 
 
-def call_wsgi(application: Any, environ: dict[str, Any]) -> Answer:
+def call_wsgi(application: Any, environ: dict[str, Any]) -> ReceivedReply:
     """The reply of a WSGI application, under the validator of wsgiref."""
     started: list[Any] = []
 
@@ -7328,7 +7608,7 @@ def call_wsgi(application: Any, environ: dict[str, Any]) -> Answer:
     body = wsgiref.validate.validator(application)(environ, start_response)
     data = b"".join(body)
     body.close()  # type: ignore[attr-defined]
-    return Answer(int(started[0].split(" ")[0]), dict(started[1]), data)
+    return ReceivedReply(int(started[0].split(" ")[0]), dict(started[1]), data)
 
 
 # Left out: targets that are not a path, and lengths that a WSGI server itself refuses.
@@ -7371,15 +7651,15 @@ def test_the_wsgi_application_refuses_a_body_that_ends_early() -> None:
 
 # ---- PostgreSQL ----------------------------------------------------------------------------------
 #
-# The program in README, "Several machines, one database", on a real PostgreSQL server.
+# The program postgres.py in the README, on a real PostgreSQL server.
 
 psycopg: Any = importlib.import_module("psycopg") if importlib.util.find_spec("psycopg") else None
 POSTGRESQL_PROGRAMS = "/usr/lib/postgresql/*/bin/initdb"
 INITDB = shutil.which("initdb") or max(glob.glob(POSTGRESQL_PROGRAMS), default=None)
 NOBODY = 65534  # PostgreSQL refuses to run as root
-OLD = "2026-01-15T09:00:00.000Z"
-NEW = "2026-01-15T11:00:00.000Z"
-NOON = "2026-01-15T12:00:00.000Z"
+BEFORE_DELETE = "2026-01-15T09:00:00.000Z"
+AT_DELETE = "2026-01-15T11:00:00.000Z"
+AFTER_DELETE = "2026-01-15T12:00:00.000Z"
 
 
 class Cluster:
@@ -7389,41 +7669,24 @@ class Cluster:
         self.folder = folder
         self.module = module  # postgres.py
         self.url = f"host={folder} user=postgres dbname=postgres"
-        self.user: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
-        if os.getuid():
-            self.user = {}
-        else:
+        self.run_as: dict[str, Any] = {}
+        if os.getuid() == 0:
+            self.run_as = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
             os.chown(folder, NOBODY, NOBODY)
         self.programs = Path(str(INITDB)).parent
-        words = [
-            str(INITDB),
-            "-D",
-            str(folder / "data"),
-            "-U",
-            "postgres",
-            "-A",
-            "trust",
-            "-E",
-            "UTF8",
-        ]
-        words += ["--locale=C", "--no-sync"]
-        subprocess.run(words, check=True, capture_output=True, cwd="/", **self.user)
+        words = [str(INITDB), f"--pgdata={folder / 'data'}", "--username=postgres", "--auth=trust"]
+        words += ["--encoding=UTF8", "--locale=C", "--no-sync"]
+        subprocess.run(words, check=True, capture_output=True, cwd="/", **self.run_as)
         self.start()
 
     def start(self) -> None:
-        options = [
-            "-k",
-            str(self.folder),
-            "-c",
-            "listen_addresses=",
-            "-c",
-            "deadlock_timeout=100ms",
-        ]
-        self.process = subprocess.Popen(
-            [self.programs / "postgres", "-D", self.folder / "data", *options],
+        words = [str(self.programs / "postgres"), "-D", str(self.folder / "data")]
+        words += ["-k", str(self.folder), "--listen_addresses=", "--deadlock_timeout=100ms"]
+        self.popen = subprocess.Popen(
+            words,
             stderr=subprocess.DEVNULL,
             cwd="/",
-            **self.user,
+            **self.run_as,
         )
         wait_until(self.is_ready)
 
@@ -7434,8 +7697,8 @@ class Cluster:
 
     def stop(self, number: signal.Signals = signal.SIGQUIT) -> None:
         """Stop the server; SIGQUIT is an immediate shutdown, as good as a crash."""
-        self.process.send_signal(number)
-        self.process.wait(20)
+        self.popen.send_signal(number)
+        self.popen.wait(20)
 
     def connect(self) -> Any:
         return psycopg.connect(self.url, connect_timeout=5)
@@ -7449,7 +7712,7 @@ class Cluster:
         return [row[0] for row in self.query("select message_id from calls order by 1")]
 
     def backends(self) -> list[int]:
-        """The process ids of the server's end of all receivers' connections."""
+        """The ids of the server's processes that serve the receivers' connections."""
         query = """select pid from pg_stat_activity
             where backend_type = 'client backend' and pid <> pg_backend_pid()"""
         return [row[0] for row in self.query(query)]
@@ -7468,7 +7731,7 @@ def postgresql() -> Iterator[Cluster]:
 
 @pytest.fixture
 def database(postgresql: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    """The server with an empty database."""
+    """The server, with the table dropped."""
     monkeypatch.setenv("DATABASE_URL", postgresql.url)
     postgresql.query("drop table if exists calls")
     return postgresql
@@ -7484,7 +7747,7 @@ def destinations(database: Cluster) -> Iterator[list[Any]]:
 
 
 def pg_call(
-    message_id: str, kind: str = "track", timestamp: str = OLD, **fields: Any
+    message_id: str, kind: str = "track", timestamp: str = BEFORE_DELETE, **fields: Any
 ) -> receiver.Call:
     raw = {"type": kind, "user_id": "u1", "event": "E", "message_id": message_id}
     raw |= {"timestamp": timestamp, **fields}
@@ -7498,8 +7761,8 @@ def post_to(url: str, **fields: Any) -> int:
     return reply.status_code
 
 
-def refusal(destination: Any, *calls: receiver.Call) -> tuple[int, float]:
-    """The status with which a batch is refused, and after how many seconds."""
+def status_and_seconds(destination: Any, *calls: receiver.Call) -> tuple[int, float]:
+    """The status with which a batch is refused, and the seconds until then."""
     started = time.monotonic()
     with pytest.raises(receiver.Refusal) as refused:
         destination.write(calls)
@@ -7519,8 +7782,8 @@ def together(*functions: Callable[[], Any]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def table_lock(database: Cluster) -> Iterator[Any]:
-    """Let no batch proceed, as a batch with a delete does."""
+def exclusive_lock(database: Cluster) -> Iterator[Any]:
+    """Hold the lock that a batch with a delete takes, so that no other batch can proceed."""
     with database.connect() as connection:
         connection.execute(database.module.LOCK_ALONE)
         yield connection
@@ -7547,16 +7810,18 @@ def test_a_call_is_stored_as_it_was_sent(database: Cluster, destinations: list[A
 
 
 def test_the_first_and_last_moments_that_a_call_can_have_are_stored(
-    destinations: list[Any],
+    database: Cluster, destinations: list[Any]
 ) -> None:
     calls = [
         pg_call("m1", timestamp="0001-01-01"),
         pg_call("m2", timestamp="9999-12-31T23:59:59.999Z"),
     ]
     assert destinations[0].write(calls) == ["stored", "stored"]
+    stored = database.query("select (timestamp at time zone 'UTC')::text from calls order by 1")
+    assert stored == [("0001-01-01 00:00:00",), ("9999-12-31 23:59:59.999",)]
 
 
-def test_a_duplicate_is_told_within_a_batch_and_across_receivers(
+def test_a_duplicate_is_recognized_within_a_batch_and_across_receivers(
     database: Cluster, destinations: list[Any]
 ) -> None:
     assert destinations[0].write([pg_call("m1"), pg_call("m1"), pg_call("m2")]) == [
@@ -7572,8 +7837,9 @@ def test_two_receivers_that_get_the_same_calls_at_once_store_them_once(
     database: Cluster, destinations: list[Any]
 ) -> None:
     first, second = destinations
-    for n in range(30):  # in opposite order, which also provokes deadlocks
+    for n in range(30):
         calls = [pg_call(f"{n}-{i}") for i in range(10)]
+        # The second receiver gets them in the opposite order, which also provokes deadlocks.
         outcomes = together(
             functools.partial(first.write, calls), functools.partial(second.write, calls[::-1])
         )
@@ -7581,7 +7847,7 @@ def test_two_receivers_that_get_the_same_calls_at_once_store_them_once(
             assert {one, other} == {"stored", "duplicate"}
 
 
-def test_two_receivers_that_start_at_once_both_find_the_table(
+def test_two_receivers_that_create_the_table_at_once_both_store_their_call(
     database: Cluster, destinations: list[Any]
 ) -> None:
     first, second = destinations
@@ -7597,16 +7863,16 @@ def test_two_receivers_that_start_at_once_both_find_the_table(
 # ---- PostgreSQL: deletes -------------------------------------------------------------------------
 
 
-def test_a_delete_and_calls_are_stored_in_their_order(
+def test_a_delete_forgets_older_calls_before_and_after_it_in_its_batch(
     database: Cluster, destinations: list[Any]
 ) -> None:
     calls = [
         pg_call("before"),
         pg_call("other user", user_id="u2"),
-        pg_call("d1", "delete", NEW, traits={"email": "secret"}),
+        pg_call("d1", "delete", AT_DELETE),
         pg_call("late"),
-        pg_call("d1", "delete", NEW),
-        pg_call("after", timestamp=NOON),
+        pg_call("d1", "delete", AT_DELETE),
+        pg_call("after", timestamp=AFTER_DELETE),
         pg_call("before"),
     ]
     outcomes = destinations[0].write(calls)
@@ -7620,13 +7886,18 @@ def test_a_delete_and_calls_are_stored_in_their_order(
         "forgotten",
     ]
     assert database.message_ids() == ["after", "d1", "other user"]
+
+
+def test_a_delete_is_stored_without_its_traits(database: Cluster, destinations: list[Any]) -> None:
+    destinations[0].write([pg_call("d1", "delete", traits={"email": "secret"})])
+    assert database.message_ids() == ["d1"]
     assert database.query("select 1 from calls where call::text like '%secret%'") == []
 
 
 def test_a_delete_dated_in_the_future_counts_as_sent_now(destinations: list[Any]) -> None:
     destinations[0].write([pg_call("d1", "delete", "2099-01-01")])
-    later = receiver.parse_time("2090-01-01")
-    assert destinations[0].write([pg_call("m1", timestamp=later)]) == ["stored"]
+    between_now_and_then = pg_call("m1", timestamp="2090-01-01")
+    assert destinations[0].write([between_now_and_then]) == ["stored"]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -7654,12 +7925,12 @@ def test_any_batch_has_the_same_outcomes_as_in_the_default_store(
 def test_a_delete_waits_for_a_batch_that_another_receiver_is_about_to_commit(
     database: Cluster, destinations: list[Any]
 ) -> None:
-    destinations[0].write([pg_call("m0", user_id="u2")])
+    destinations[0].write([pg_call("m0", user_id="u2")])  # connects, and creates the table
     with ThreadPoolExecutor(1) as pool:
         with database.connect() as other:
             other.execute(database.module.LOCK)
             other.execute(database.module.STORE, receiver.call_row(pg_call("old")))
-            deleting = pool.submit(destinations[0].write, [pg_call("d1", "delete", NEW)])
+            deleting = pool.submit(destinations[0].write, [pg_call("d1", "delete", AT_DELETE)])
             wait_until(lambda: waits_for_lock(database))
             assert not deleting.done()
         assert deleting.result() == ["stored"]
@@ -7669,10 +7940,12 @@ def test_a_delete_waits_for_a_batch_that_another_receiver_is_about_to_commit(
 def test_a_batch_waits_for_a_delete_that_another_receiver_is_about_to_commit(
     database: Cluster, destinations: list[Any]
 ) -> None:
-    destinations[0].write([pg_call("m0", user_id="u2")])
+    destinations[0].write([pg_call("m0", user_id="u2")])  # connects, and creates the table
     with ThreadPoolExecutor(1) as pool:
-        with table_lock(database) as other:
-            other.execute(database.module.STORE, receiver.call_row(pg_call("d1", "delete", NEW)))
+        with exclusive_lock(database) as other:
+            other.execute(
+                database.module.STORE, receiver.call_row(pg_call("d1", "delete", AT_DELETE))
+            )
             storing = pool.submit(destinations[0].write, [pg_call("old")])
             wait_until(lambda: waits_for_lock(database))
             assert not storing.done()
@@ -7683,14 +7956,15 @@ def test_a_batch_waits_for_a_delete_that_another_receiver_is_about_to_commit(
 
 
 @pytest.mark.parametrize("field", ["message_id", "user_id"])
-def test_of_a_batch_only_the_call_with_an_id_too_long_for_an_index_is_refused(
+def test_a_call_with_an_id_too_long_for_an_index_is_refused_and_its_batch_is_stored(
     field: str, database: Cluster
 ) -> None:
+    # Random letters, because PostgreSQL would compress repeated ones.
     too_long = "".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz", k=9000))
     with receiver.serve(database.module.Postgres(), port=0, quiet=True) as running:
-        assert post_to(running.url, message_id="first") == 200
+        assert post_to(running.url, message_id="first") == 200  # connects, and creates the table
         with ThreadPoolExecutor(8) as pool:
-            with table_lock(database):
+            with exclusive_lock(database):
                 blocked = pool.submit(post_to, running.url, message_id="m0")
                 wait_until(lambda: waits_for_lock(database))
                 good = [pool.submit(post_to, running.url, message_id=f"m{n}") for n in range(1, 6)]
@@ -7704,10 +7978,12 @@ def test_of_a_batch_only_the_call_with_an_id_too_long_for_an_index_is_refused(
     assert database.message_ids() == ["first", "m0", "m1", "m2", "m3", "m4", "m5"]
 
 
-# ---- PostgreSQL: bad days ------------------------------------------------------------------------
+# ---- PostgreSQL: outages -------------------------------------------------------------------------
+
+IN_TIME = 4.5  # seconds; less than Segment waits
 
 
-def test_while_the_database_is_away_calls_are_503_and_then_they_are_stored_again(
+def test_calls_are_refused_with_503_while_the_database_is_down_and_stored_once_it_is_back(
     database: Cluster, destinations: list[Any]
 ) -> None:
     first, second = destinations
@@ -7715,8 +7991,8 @@ def test_while_the_database_is_away_calls_are_503_and_then_they_are_stored_again
     database.stop()
     try:
         for destination in destinations * 2:
-            status, seconds = refusal(destination, pg_call("m2"))
-            assert (status, seconds < 4.5) == (503, True)
+            status, seconds = status_and_seconds(destination, pg_call("m2"))
+            assert (status, seconds < IN_TIME) == (503, True)
     finally:
         database.start()
     assert first.write([pg_call("m2")]) == ["stored"]
@@ -7745,7 +8021,7 @@ def test_a_restart_in_the_middle_of_a_batch_loses_and_doubles_nothing(
         wait_until(lambda: database.query("select 1 from pg_locks where not granted"))
         database.stop(number)
         if number == signal.SIGKILL:  # its children notice, and free the shared memory
-            wait_until(lambda: not descendants_of_cluster(database))
+            wait_until(lambda: not processes_in(database.folder))
         with contextlib.suppress(receiver.Refusal):
             storing.result()
         other.close()
@@ -7755,44 +8031,47 @@ def test_a_restart_in_the_middle_of_a_batch_loses_and_doubles_nothing(
     assert database.message_ids() == sorted(f"m{n}" for n in range(50))
 
 
-def descendants_of_cluster(database: Cluster) -> list[str]:
+def processes_in(folder: Path) -> list[str]:
+    """The processes whose current folder is this one, or below it."""
     found = []
     for path in glob.glob("/proc/[0-9]*/cwd"):
         with contextlib.suppress(OSError):
-            if os.readlink(path).startswith(str(database.folder)):
+            if os.readlink(path).startswith(str(folder)):
                 found.append(path)
     return found
 
 
-def test_a_connection_that_hangs_is_503_in_time_and_then_replaced(
+def test_a_call_on_a_connection_that_hangs_is_refused_in_time_and_the_next_one_is_stored(
     database: Cluster, destinations: list[Any]
 ) -> None:
     destinations[0].write([pg_call("m1")])
     (backend,) = database.backends()
     os.kill(backend, signal.SIGSTOP)
     try:
-        status, seconds = refusal(destinations[0], pg_call("m2"))
-        assert (status, seconds < 4.5) == (503, True)
+        status, seconds = status_and_seconds(destinations[0], pg_call("m2"))
+        assert (status, seconds < IN_TIME) == (503, True)
         assert destinations[0].write([pg_call("m3")]) == ["stored"]
     finally:
         os.kill(backend, signal.SIGCONT)
 
 
-def test_a_lock_that_is_not_released_is_503_in_time(
+def test_if_a_lock_is_not_released_a_call_is_refused_with_503_in_time(
     database: Cluster, destinations: list[Any]
 ) -> None:
     destinations[0].write([pg_call("m1")])
-    with table_lock(database):
-        status, seconds = refusal(destinations[0], pg_call("m2"))
-    assert (status, seconds < 4.5) == (503, True)
+    with exclusive_lock(database):
+        status, seconds = status_and_seconds(destinations[0], pg_call("m2"))
+    assert (status, seconds < IN_TIME) == (503, True)
     assert destinations[0].write([pg_call("m2")]) == ["stored"]
 
 
-def test_a_read_only_database_is_503(database: Cluster, destinations: list[Any]) -> None:
+def test_if_the_database_is_read_only_a_call_is_refused_with_503(
+    database: Cluster, destinations: list[Any]
+) -> None:
     destinations[1].write([pg_call("m1")])
     database.query("alter database postgres set default_transaction_read_only = on")
     try:
-        assert refusal(destinations[0], pg_call("m2"))[0] == 503
+        assert status_and_seconds(destinations[0], pg_call("m2"))[0] == 503
     finally:
         with psycopg.connect(database.url, autocommit=True) as connection:
             connection.execute("set default_transaction_read_only = off")
@@ -7801,25 +8080,25 @@ def test_a_read_only_database_is_503(database: Cluster, destinations: list[Any])
 
 
 @pytest.mark.parametrize("url", ["host=/nowhere", "port=no", "host=127.0.0.1 port=1"])
-def test_a_database_url_that_leads_nowhere_is_503(
+def test_if_database_url_leads_nowhere_a_call_is_refused_with_503(
     url: str, database: Cluster, destinations: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DATABASE_URL", url)
-    assert refusal(destinations[0], pg_call("m1"), pg_call("m2"))[0] == 503
+    assert status_and_seconds(destinations[0], pg_call("m1"), pg_call("m2"))[0] == 503
 
 
-def test_a_server_that_accepts_a_connection_and_says_nothing_is_503_in_time(
+def test_if_the_server_accepts_a_connection_and_says_nothing_a_call_is_refused_in_time(
     database: Cluster, destinations: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("DATABASE_URL", f"host=127.0.0.1 port={silent.getsockname()[1]}")
-        status, seconds = refusal(destinations[0], pg_call("m1"))
-    assert (status, seconds < 4.5) == (503, True)
+        status, seconds = status_and_seconds(destinations[0], pg_call("m1"))
+    assert (status, seconds < IN_TIME) == (503, True)
 
 
 @contextlib.contextmanager
 def postgres_process(folder: Path, port: int) -> Iterator[RunningReceiver]:
-    """The program of the README in a process."""
+    """The program postgres.py of the README, in a separate process."""
     [block] = [block for block in readme_blocks("python") if "class Postgres(" in block.text]
     with run_program(folder, block.text, "--reuse-port", "--port", port) as process:
         yield process
