@@ -416,9 +416,11 @@ def post(
 
 
 def connect(server: receiver.Server | RunningReceiver) -> socket.socket:
-    """A TCP connection without TLS."""
+    """A TCP connection without TLS, on which nothing that is sent has to wait."""
     parts = urlsplit(server.url)
-    return socket.create_connection((parts.hostname, parts.port), 15)
+    sock = socket.create_connection((parts.hostname, parts.port), 15)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+    return sock
 
 
 class ReceivedReply(NamedTuple):
@@ -1161,11 +1163,11 @@ def test_a_flood_of_keys_does_not_fill_the_memory(running: RunningReceiver) -> N
         before = running.memory_mb()
         # Keys in snake_case, keys to be converted, and both again, too long for the caches.
         for prefix in ("k", "kA", "long" * 40, "Long" * 40):
-            for flood in range(8):
+            for flood in range(5):
                 keys = {f"{prefix}{flood}x{number}": 0 for number in range(2500)}
                 assert client.status(request({**TRACK, "properties": keys})) == 200
-    # If the caches had no limits, they would grow by some 30 MB.
-    assert running.memory_mb() - before < 20
+    # If the caches had no limits, they would grow by some 20 MB.
+    assert running.memory_mb() - before < 12
 
 
 # ---- Rungs 8 and 9: the type of call -------------------------------------------------------------
@@ -3574,7 +3576,8 @@ def test_a_stalled_reader_of_the_log_delays_nothing_and_dropped_lines_are_counte
     with RunningReceiver(tmp_path, "--verbose", stderr=writing) as process:
         os.close(writing)
         with TlsClient(process) as client:
-            for _ in range(130):  # 5.2 MB, more than MAX_LOG_BUFFER
+            # 10 MB: more than the buffer, and the lines that are being written, can hold.
+            for _ in range(250):
                 assert client.status(request({**TRACK, "note": "x" * 40_000})) == 200
         # The main thread logs this change of maintenance, so a stalled log must not block it.
         process.send_signal(signal.SIGUSR1)
@@ -3588,7 +3591,7 @@ def test_a_stalled_reader_of_the_log_delays_nothing_and_dropped_lines_are_counte
     # Each long call has five lines: that of the request, and one for each of its four members. The
     # lines after them are short enough for the rest of the buffer.
     calls_written = text.count("    note: ")
-    assert int(found[1]) == 5 * (130 - calls_written)
+    assert int(found[1]) == 5 * (250 - calls_written)
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr", "both"])
@@ -3931,19 +3934,19 @@ class Hanging(receiver.Destination):
     def close(self):
         time.sleep(60)
 
-receiver.FORCED_EXIT_AFTER = 2
+receiver.FORCED_EXIT_AFTER = 1
 receiver.main(Hanging())
 """
 
 
 def test_if_a_destination_hangs_in_close_the_process_is_ended_by_force(tmp_path: Path) -> None:
-    # Service managers kill a process after 10 seconds or more. HANGS_IN_CLOSE sets 2 seconds.
+    # Service managers kill a process after 10 seconds or more. HANGS_IN_CLOSE sets 1 second.
     assert receiver.FORCED_EXIT_AFTER < 10
     with run_program(tmp_path, HANGS_IN_CLOSE) as process:
         assert post(process).status_code == 200
         started = time.monotonic()
         assert process.stop() == 0
-        assert 2 <= time.monotonic() - started < 5
+        assert 1 <= time.monotonic() - started < 4
         assert "ending the process by force" in process.log
 
 
@@ -4140,7 +4143,7 @@ def trickle_a_head(process: RunningReceiver) -> bytes:
 def test_clients_that_stall_or_trickle_are_disconnected_and_disturb_no_other(
     tmp_path: Path,
 ) -> None:
-    with RunningReceiver(tmp_path, "--timeout", "3") as process:
+    with RunningReceiver(tmp_path, "--timeout", "2") as process:
         assert post(process).status_code == 200
         wait_until(lambda: process.threads() <= THREADS_AT_REST)
         files_at_rest = process.open_files()
@@ -4355,13 +4358,13 @@ def test_mutated_requests_never_cause_an_internal_error_or_a_partial_reply(
     rng = random.Random(5)
     context = ssl.create_default_context(cafile=running.tls_cert)
     statuses: list[int] = []
-    for _ in range(800):
+    for _ in range(500):
         with TlsClient(running, context) as client:
             client.send(mutated_request(rng) + mutated_request(rng)).half_close()
             while status := client.read_reply().status:
                 statuses.append(status)
             assert client.buffer == b""  # no partial reply
-    assert len(statuses) > 800  # most connections got at least one reply
+    assert len(statuses) > 500  # most connections got at least one reply
     assert set(statuses) <= {100, 200, 400, 401, 404, 405, 411, 413, 415, 431, 501, 505}
 
 
@@ -5108,8 +5111,10 @@ Transport = Callable[[KitRequest], KitReply]
 def expand(value: Any) -> Any:
     """A value of conformance.json in which {run}, {now} and $repeat are replaced."""
     if isinstance(value, str):
-        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        return value.replace("{run}", RUN).replace("{now}", now)
+        if "{now}" in value:
+            now = datetime.now(UTC).isoformat(timespec="milliseconds")
+            value = value.replace("{now}", now.replace("+00:00", "Z"))
+        return value.replace("{run}", RUN)
     if isinstance(value, list):
         return [expand(item) for item in value]
     if isinstance(value, dict):
@@ -5385,7 +5390,7 @@ def time_limit(sock: socket.socket) -> Iterator[None]:
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
 
-    watchdog = threading.Timer(REPLY_SECONDS + 2, shut_down)
+    watchdog = threading.Timer(REPLY_SECONDS * 1.4, shut_down)
     watchdog.daemon = True
     watchdog.start()
     try:
@@ -6909,6 +6914,7 @@ def run_kit(
 ) -> subprocess.CompletedProcess[str]:
     """Run the kit as a user does, against a receiver with this destination."""
     run = [sys.executable, "-m", "pytest", "-q", "-m", "conformance", "-p", "no:cacheprovider"]
+    run.append("--assert=plain")  # starts in half of the time
     with receiver.serve(destination, port=0, quiet=True) as server:
         usual = {"ENDPOINT": server.url, "API_KEY": "segment", "CA": str(CERT)}
         return command(*run, *options, __file__, env={**os.environ, **usual, **variables})
