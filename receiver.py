@@ -44,7 +44,7 @@ own code instead, define a destination:
                 raise receiver.Refusal(400, "Missing email address")
             save_contact(user_id, traits)  # before the call is acknowledged
 
-Run it in a test, where the API key `segment` is valid by default:
+Run it in a test. By default, the public demo key `segment` is valid, here and in `main`:
 
     with receiver.serve(Contacts(), port=0) as server:  # a real HTTPS endpoint
         requests.post(server.url, json=..., auth=("segment", ""), verify=server.tls_cert)
@@ -146,8 +146,8 @@ class Refusal(Exception):  # noqa: N818 - a normal answer, not an error in the p
     """Raised to refuse a request, with a status code, a message, and perhaps headers.
 
     The status code alone decides whether the sender retries the call or drops it; the customer
-    reads the message. Use 503 for a temporary problem, because a 400 would lose the call. Use 400
-    for a call that can never succeed, because a 503 would be retried for hours.
+    reads the message. Use 503 for a temporary problem: after a 400, the call would be lost. Use 400
+    for a call that can never succeed: after a 503, it would be retried for hours.
     """
 
     # Defaults for a subclass whose constructor does not call this one. A status of 0 is invalid, so
@@ -259,8 +259,8 @@ def error_reply(error: Exception) -> Reply:
         refusal = Refusal(error.status, str(error.message), error.headers)
     except Exception:
         return internal_error
-    # If a handler raised the same Refusal object again and again, its traceback would otherwise
-    # grow, and keep the body of each call in memory.
+    # Drop the traceback. A handler may raise the same Refusal object many times; each time, the
+    # object's traceback would grow, and keep one more call in memory.
     error.__traceback__ = None
     headers = {**STATUS_HEADERS.get(refusal.status, {}), **refusal.headers}
     return Reply(int(refusal.status), {"message": refusal.message}, headers)
@@ -336,8 +336,8 @@ def key_digest(authorization: str, /) -> str:
     The header consists of `Basic` and the credentials: the API key, a colon and an empty password,
     encoded in base64 (RFC 7617 §2). Raises Refusal 401 if it is missing or has any other form.
 
-    Whoever stores only the digests of API keys cannot lose the keys to a thief. These keys are
-    random, so a plain digest is enough; passwords would need a salted one.
+    Only digests are stored, so a stolen keys file reveals no API key. A plain SHA-256 is enough,
+    because API keys are long and random; passwords would need a slow, salted hash.
     """
     if not authorization:
         raise Refusal(401, "Missing Authorization header")
@@ -424,7 +424,8 @@ def check_body_headers(request: Request, max_body: int) -> None:
 # ---- Rung 7: the body, and the settings ----------------------------------------------------------
 
 # The maximum nesting depth of arrays and objects. The JSON parsers of Python, SQLite and PostgreSQL
-# are safe at this depth; at a few thousand levels, some of them crash the process.
+# are safe at this depth. At a few thousand levels, they fail; if the stack of the thread is small,
+# Python's even crashes the process.
 MAX_DEPTH = 500
 
 # Analytics SDKs post batches to Segment. Segment forwards single calls, because one status code
@@ -436,8 +437,8 @@ def parse_body(body: bytes) -> dict[str, Any]:
     """Return the call in a body.
 
     Keys at every depth are converted to snake_case. At the top level, the protocol's fields are
-    recognized regardless of case and separators. Values are neither changed nor checked. Raises
-    Refusal 400 if `parse_json` does, or if the body is not an object.
+    recognized regardless of case and separators. The fields are checked later, by `parse_call`.
+    Raises Refusal 400 if `parse_json` does, or if the body is not an object.
     """
     raw = parse_json(body, "Body")
     if isinstance(raw, list):
@@ -475,8 +476,9 @@ def parse_json(data: bytes, label: str) -> Any:
     double.
 
     Raises Refusal 400, with a message that begins with the label, if the data is not JSON, or if it
-    contains something that other programs could not store or would misread: a byte-order mark, a
-    number that overflows a double, an unpaired surrogate, or nesting deeper than MAX_DEPTH.
+    contains something that other programs could not store or would misread: a byte-order mark at
+    the beginning, a number that overflows a double, an unpaired surrogate, or nesting deeper than
+    MAX_DEPTH.
     """
     try:
         text = data.decode()
@@ -502,10 +504,10 @@ def parse_json(data: bytes, label: str) -> Any:
     return value
 
 
-# Matches everything but the brackets that nest arrays and objects: either a string, with any
-# brackets in it (the closing quotation mark may be missing), or a run of characters other than
-# brackets and quotation marks. The possessive quantifiers never backtrack, so the time is linear in
-# the length of any text.
+# Matches a part of a JSON text that does not affect the nesting depth: a string, with any brackets
+# in it (the closing quotation mark may be missing), or a run of characters other than brackets and
+# quotation marks. The possessive quantifiers never backtrack, so even invalid JSON takes only
+# linear time.
 NOT_A_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[^\[\]{}"]++', re.DOTALL)
 
 
@@ -611,8 +613,8 @@ def recognize_fields(raw: dict[str, Any]) -> dict[str, Any]:
     This finds the spellings that `snake_keys` leaves, such as `userid`, by ignoring case,
     underscores, hyphens and spaces. If a field occurs in several spellings, only one of them gets
     the protocol's name: the one that already has it, or else the first. The rest keep their keys.
-    But a value of null does not count, so another spelling may replace it. A field that is renamed
-    moves to the end, or takes the place of the null.
+    If the value under the protocol's name is null, the next spelling takes the name, and the null
+    is dropped. A renamed field takes the place of such a null, or else moves to the end.
     """
     other_keys = [key for key in raw if key not in FIELD_CHECKS]
     for key in other_keys:
@@ -634,7 +636,7 @@ class CallType(NamedTuple):
     """What one type of call passes to its handler, and which field it must have."""
 
     # The fields that the handler receives, in this order, followed by the Call itself. A field that
-    # only some types list is ignored in calls of the other types.
+    # appears here for some types is ignored in calls of any other type.
     arguments: tuple[str, ...]
 
     # A field that must be present and not empty, or "" if there is none. In addition, every call
@@ -659,10 +661,10 @@ class Destination:
 
     A subclass supports each type of call for which it defines a method. The method is called with
     the arguments in CALL_TYPES and then the Call itself, for example
-    `identify(user_id, traits, call)`; the user_id is None for an anonymous visitor. By returning
-    None or 200, the method acknowledges the call with 200; by returning 202 (HTTPStatus.ACCEPTED),
-    with 202. It refuses the call by raising Refusal. Any other result or exception is logged, and
-    answered with 500.
+    `identify(user_id, traits, call)`; the user_id is None for an anonymous visitor. If the method
+    returns None or 200, the call is answered with 200; if it returns 202 (HTTPStatus.ACCEPTED), the
+    call is answered with 202. To refuse the call, it raises Refusal. Any other result or exception
+    is logged, and answered with 500.
 
     Methods run in several threads at once; guard shared state.
     """
@@ -700,10 +702,9 @@ def check_permission(key: Key, call_type: str) -> None:
 
 # ---- Rung 10: the fields -------------------------------------------------------------------------
 #
-# A 400 loses the call for good. So an invalid field is refused only if the call could not be
-# understood without it, or could be misunderstood. The fields in IGNORED_IF_INVALID are not so
-# important: if one of them is invalid, it is ignored, and stays in `raw`. A field that the type of
-# call does not use is always ignored.
+# A 400 loses the call for good. So a call is refused for an invalid field only if, without that
+# field, the call could not be understood, or could be misunderstood. The fields in
+# IGNORED_IF_INVALID matter less: if one of them is invalid, it is ignored, and stays in `raw`.
 
 
 class Call:
@@ -727,7 +728,7 @@ class Call:
     traits: dict[str, Any]  # identify: facts about the user; group: facts about the group
     properties: dict[str, Any]  # track, page and screen: details
     context: dict[str, Any]  # IP address, user agent, library, campaign, ...
-    integrations: Any = None  # the other destinations that received the call
+    integrations: Any = None  # which destinations the call is for, such as {"All": True}
     message_id: str = ""  # unique per call; the same in a retry only if the sender gave one
     timestamp: str = ""  # the best estimate of when it happened; order calls by this
     sent_at: str | None = None  # when the client sent it
@@ -739,7 +740,7 @@ class Call:
     settings: dict[str, Any]  # from X-Segment-Settings
     raw: dict[str, Any]  # the whole call, with its keys converted and its values as they were sent
     size: int  # of the body, in bytes
-    outcome: str = ""  # a word for the log, such as "duplicate"; the destination may set it
+    outcome: str = ""  # a word for the log; a destination that accepts the call may set it
 
     def __init__(
         self,
@@ -770,9 +771,10 @@ def parse_call(
     original_timestamp, or else the sent_at, or else the current time; a missing message_id is
     replaced by a random one.
 
-    A field that is null counts as missing. An invalid field that is in IGNORED_IF_INVALID is left
-    out. Raises Refusal 400, naming the field, if any other field is invalid, or if a required field
-    is missing. It names only one field: the first in `raw` that is invalid, or else a missing one.
+    A field that is null counts as missing. Fields that this type of call does not use are ignored,
+    and so are invalid fields that are in IGNORED_IF_INVALID. Raises Refusal 400 if any other field
+    is invalid, or if a required one is missing. The message reports one fault only: the first
+    invalid field in `raw`, or else what is missing.
     """
     call = Call(raw["type"], raw, customer, settings, size)
     checks = CHECKS_BY_TYPE[call.type]
@@ -876,12 +878,12 @@ def parse_time(value: Any) -> str:
     message = "must be an ISO 8601 time"
     if not isinstance(value, str):
         raise ValueError(message)
-    has_final_form = UTC_TIME.fullmatch(value)
-    if not has_final_form and not ISO_8601.fullmatch(value):
+    is_converted = UTC_TIME.fullmatch(value)
+    if not is_converted and not ISO_8601.fullmatch(value):
         raise ValueError(message)
     try:
         moment = datetime.fromisoformat(value.upper())  # refuses dates such as 2026-02-30
-        if has_final_form:
+        if is_converted:
             return value
         if moment.tzinfo is not None:
             moment = moment.astimezone(UTC)
@@ -934,7 +936,7 @@ CHECKS_BY_TYPE = {
 def dispatch(handler: Callable[..., Any], call: Call) -> int:
     """Call a handler, and return the status code: its result, or 200 if the result is None.
 
-    Raises TypeError if the result is not None, 200 or 202. Exceptions of the handler propagate.
+    Raises TypeError if the result is not None, 200 or 202. The handler's exceptions propagate.
     """
     arguments = [getattr(call, name) for name in CALL_TYPES[call.type].arguments]
     result = handler(*arguments, call)
@@ -951,10 +953,10 @@ def dispatch(handler: Callable[..., Any], call: Call) -> int:
 # section caches what is computed from both. Deleting it would not change any reply.
 #
 # It replaces `key_digest` and `snake_case` with cached versions, and `snake_keys` with a version
-# that returns an object as it is if none of its keys needs converting. Then it makes a new
-# `DECODER`, because the first one holds the old `snake_keys`; all other functions look the names up
-# when they run. The three have positional-only parameters (`/`), because the new versions take no
-# keyword arguments.
+# that returns an object as it is if none of its keys needs converting. These take no keyword
+# arguments, so the parameters of the three functions are positional-only (`/`). `DECODER` is made
+# again, because the first one holds the old `snake_keys`. Other callers need no change, because
+# Python looks up a global function each time it is called.
 
 MAX_CACHED_LENGTH = 100  # characters; longer texts could fill the memory
 MAX_CACHED_TEXTS = 4096
@@ -982,33 +984,34 @@ class ShortTextCache(dict[str, str]):
         return result
 
 
+# `__getitem__` calls `__missing__` for a text that is not in the cache.
 key_digest = ShortTextCache(key_digest).__getitem__
 snake_case = ShortTextCache(snake_case).__getitem__
 
 
-def with_known_keys(
+def skip_if_snake_case(
     convert: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return a version of `snake_keys`, given as `convert`, that remembers keys in snake_case.
+    """Wrap `snake_keys`, so that it is skipped for an object whose keys are all in snake_case.
 
-    If all keys of an object are known to be in snake_case, it returns the object as it is.
+    The wrapper remembers which keys it has seen that were already in snake_case.
     """
-    known: set[str] = set()
+    known_snake_case: set[str] = set()
 
-    def convert_unless_known(members: dict[str, Any], /) -> dict[str, Any]:
-        if known.issuperset(members):
+    def convert_if_needed(members: dict[str, Any], /) -> dict[str, Any]:
+        if known_snake_case.issuperset(members):
             return members
-        if len(known) + len(members) > MAX_CACHED_TEXTS:
-            known.clear()
         for key in members:
             if len(key) <= MAX_CACHED_LENGTH and snake_case(key) == key:
-                known.add(key)
+                if len(known_snake_case) >= MAX_CACHED_TEXTS:
+                    known_snake_case.clear()
+                known_snake_case.add(key)
         return convert(members)
 
-    return convert_unless_known
+    return convert_if_needed
 
 
-snake_keys = with_known_keys(snake_keys)
+snake_keys = skip_if_snake_case(snake_keys)
 DECODER = make_decoder(snake_keys)
 
 
@@ -1059,8 +1062,8 @@ class GroupCommit(Destination):
     batches.
 
     A subclass implements `write`, and may implement `open` and `shut`; the writer calls all three.
-    A constructor of the subclass must call `super().__init__()`. It should leave connecting to the
-    database to `open`, so that the receiver starts even if the database is down.
+    If the subclass has a constructor, it must call `super().__init__()`. Connect to the database in
+    `open` and not in the constructor, so that the receiver starts even if the database is down.
 
     GroupCommit supports identify, track, page, group and delete. To support another type, add a
     method for it:
@@ -1083,9 +1086,9 @@ class GroupCommit(Destination):
 
         A Refusal in place of an outcome refuses that call alone. Raising a Refusal refuses the
         whole batch: raise one with status 503 if the database cannot be reached. After any other
-        exception, this method is called again for each call of the batch by itself, so that one bad
-        call does not fail the others; a call that fails by itself is answered with 500. Roll back
-        the transaction before any exception leaves this method.
+        exception, a batch of several calls is written again one call at a time, so that one bad
+        call does not fail the others; if the batch has only one call, it is answered with 500. Roll
+        back the transaction before any exception leaves this method.
         """
         raise NotImplementedError
 
@@ -1118,7 +1121,7 @@ class GroupCommit(Destination):
             # The calls of a batch may share one Refusal. Each thread raises a copy, because raising
             # an exception changes its traceback.
             raise Refusal(result.status, result.message, result.headers)
-        if isinstance(result, Exception):  # belongs to this call alone
+        if isinstance(result, Exception):
             raise result
         call.outcome = Outcome(result)  # raises ValueError if `write` has returned anything else
 
@@ -1180,8 +1183,9 @@ class GroupCommit(Destination):
     def _write_next_batch(self) -> bool:
         """Wait for calls, and write those whose time has not run out.
 
-        Returns False if there are none, because `close` has been called. This is a separate method
-        so that its variables, and with them the batch, are freed before the writer waits again.
+        Returns False if the queue is empty, which happens only after `close`. This is a separate
+        method so that its variables, and with them the batch, are freed before the writer waits
+        again.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closing)
@@ -1196,13 +1200,14 @@ class GroupCommit(Destination):
 
     def _write_batch(self, batch: list[QueuedCall]) -> Sequence[Outcome | Exception]:
         """Write a batch, and return the result of each call, which may be an exception."""
-        refusal = None if self._is_open else self._try_to_open()
-        if refusal:
-            return [refusal] * len(batch)
+        if not self._is_open:
+            refusal = self._try_to_open()
+            if refusal:
+                return [refusal] * len(batch)
         try:
             outcomes = list(self.write([queued.call for queued in batch]))
         except Refusal as error:
-            # `write` may raise the same Refusal again: see `error_reply`.
+            # Without its traceback, for the same reason as in `error_reply`.
             return [error.with_traceback(None)] * len(batch)
         except Exception as error:
             return [error] if len(batch) == 1 else self._write_one_by_one(batch)
@@ -1262,8 +1267,8 @@ def merged_traits(condition: str) -> str:
         select
             trait.key as name,
             -- `->` gives the JSON of a trait exactly as it was stored, but finds nothing if the
-            -- name contains a quotation mark. Then the value from json_each is used, although it
-            -- may have a rounded number, or a string that is cut at NUL.
+            -- name contains a quotation mark. In that case, the value from json_each is used,
+            -- although that rounds a large number, and cuts a string at NUL.
             coalesce(
                 c.call -> trait.fullkey,
                 case
@@ -1277,8 +1282,8 @@ def merged_traits(condition: str) -> str:
         from calls as c, json_each(c.call, '$.traits') as trait
         where {condition}
             and trait.key is not null -- if `traits` is null, json_each gives a row without a key
-            -- fullkey has \u0000 for NUL, and \\ for a backslash. Each \\ is removed first, because
-            -- a backslash before the text u0000 would otherwise look like NUL.
+            -- In fullkey, NUL is escaped as \u0000, and a backslash as \\. Each \\ is removed
+            -- first, because \\u0000, a backslash and the text u0000, also contains \u0000.
             and instr(replace(trait.fullkey, '\\', ''), '\u0000') = 0
     )
     select json_group_object(name, json(value)) from (
@@ -1320,7 +1325,7 @@ create table calls (
     user_id text,
     anonymous_id text,
     timestamp text not null, -- when the call happened, see Call.timestamp
-    received_at text not null, -- when this receiver got it (in the JSON: when Segment got it)
+    received_at text not null, -- when it was stored here (in the JSON: when Segment received it)
     call text not null, -- the call as JSON, with its keys in snake_case
     primary key (customer, message_id)
 );
@@ -1437,9 +1442,9 @@ class Store(GroupCommit):
     """The default destination: calls become rows in an SQLite database.
 
     A row is synced to disk before its call is acknowledged. A duplicate is acknowledged, but not
-    stored. A delete removes the user's calls up to and including its own timestamp, or the current
-    time if that is earlier. Such a call that arrives after the delete is acknowledged, but not
-    stored.
+    stored. A delete removes the user's calls whose timestamps are not later than its own, or than
+    the current time, if that is earlier. If a call with such a timestamp arrives after the delete,
+    it is acknowledged, but not stored.
     """
 
     def __init__(self, path: str | os.PathLike[str] = "calls.db") -> None:
@@ -1474,7 +1479,7 @@ class Store(GroupCommit):
                     raise OSError("the file was deleted or replaced")
                 outcomes = [self._store(call) for call in calls]
         except (OSError, sqlite3.OperationalError) as error:
-            log.error("Cannot store calls (%d) in %s: %s", len(calls), self._path, error)
+            log.error("Cannot store a batch of %d in %s: %s", len(calls), self._path, error)
             raise Refusal(503, "The call cannot be stored at the moment") from None
         if self._truncate_pending:
             self._truncate_wal()
@@ -1501,7 +1506,8 @@ class Store(GroupCommit):
         """Remove deleted data from the WAL, unless a reader still uses it.
 
         Waiting for the reader would hold up calls. Instead, `write` tries again after every batch.
-        If no other batch follows, closing the database removes the WAL.
+        If no other batch follows, the WAL is removed when the last program closes the database, or
+        truncated after the first batch of the next run.
         """
         with contextlib.suppress(sqlite3.Error):
             self._db.execute("pragma busy_timeout = 0")
@@ -1513,8 +1519,8 @@ class Store(GroupCommit):
 def open_database(path: str) -> sqlite3.Connection:
     """Return a connection to the database, which is created if it does not exist.
 
-    Raises ConfigurationError as `check_database_file` does, and if SQLite is too old. Raises
-    OSError or sqlite3.Error if the file cannot be opened.
+    Raises ConfigurationError if `check_database_file` does, or if SQLite is too old. Raises OSError
+    or sqlite3.Error if the file cannot be opened.
     """
     if sqlite3.sqlite_version_info < (3, 38):
         raise ConfigurationError(f"SQLite must be 3.38 or newer, not {sqlite3.sqlite_version}")
@@ -1539,7 +1545,7 @@ def open_database(path: str) -> sqlite3.Connection:
                     db.execute(statement)
         db.execute("pragma journal_mode = wal")
         db.execute("pragma synchronous = full")  # a commit returns once it is on disk
-        db.execute("pragma fullfsync = on")  # on macOS, nothing less reaches the disk
+        db.execute("pragma fullfsync = on")  # macOS would otherwise sync only to the drive's cache
         db.execute("pragma secure_delete = on")  # overwrite deleted rows, even in free pages
         db.execute(f"pragma wal_autocheckpoint = {WAL_PAGES}")
         db.execute(f"pragma journal_size_limit = {WAL_BYTES}")
@@ -1648,7 +1654,7 @@ def utc_now() -> str:
 # Part 3. The server
 #
 # HTTP/1.1 and 1.0 over TLS, built on `socketserver` and `ssl`, with one thread per connection.
-# The sockets of connections block, which is simple and fast. Instead of a timeout for each read,
+# Connections use blocking sockets, which is simple and fast. Instead of a timeout for each read,
 # every connection has a deadline. Once it has passed, the accept thread hangs up, even if bytes are
 # still trickling in.
 # ==================================================================================================
@@ -1664,8 +1670,8 @@ OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 # If two programs disagree about where a request ends, one request can be smuggled inside another.
 # Python's own parser, in `http.server`, accepts requests that other parsers read differently. So
 # this section follows RFC 9112 strictly in everything that decides where a request ends. It refuses
-# whatever does not conform, and the connection closes. It does not check what no decision depends
-# on, such as the value of the Host header.
+# whatever does not conform, and the connection closes. It leaves unchecked whatever does not affect
+# a decision, such as the value of the Host header.
 
 MAX_TARGET = 8192  # bytes
 MAX_HEAD = 65_536  # bytes
@@ -1761,8 +1767,8 @@ def parse_headers(lines: list[str]) -> dict[str, str]:
 def parse_length(text: str | None) -> int | None:
     """Return a Content-Length in bytes (RFC 9110 §8.6), or None if the header is missing.
 
-    Leading zeros do not count. Of a longer number, only the first 19 digits are used; even these
-    exceed every limit. Raises Refusal 400 if the text does not consist of digits.
+    Leading zeros are ignored. Only the first 19 of the remaining digits are used; a number that
+    long exceeds every limit anyway. Raises Refusal 400 if the text does not consist of digits.
     """
     if text is None:
         return None
@@ -1815,7 +1821,7 @@ parse_head = with_head_cache(parse_head)
 # ---- One connection ------------------------------------------------------------------------------
 
 RECEIVE_SIZE = 16_384  # bytes; a TLS record holds at most this many
-LINGER = 2.0  # seconds for a last reply after `hang_up`; also, separately, for `drain`
+LINGER = 2.0  # seconds for a last reply after `hang_up`, and again for the reads in `drain`
 PLAIN_HTTP = re.compile(rb"[A-Z]+ ")  # a TLS connection never begins like this
 REASON_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
@@ -1834,7 +1840,7 @@ class Connection(BaseRequestHandler):
 
     Other threads use the attributes that are marked as shared; see the table in the section "All
     connections". Once the deadline of a connection has passed, the accept thread hangs up on it:
-    then nothing more is read, and a last reply may be sent. The deadline depends on what the
+    then no further input is used, and a last reply may be sent. The deadline depends on what the
     connection is doing (`timeout` and `keep_alive` are options of the server):
 
         handshake and first request             `timeout` after the connection was accepted
@@ -1876,6 +1882,8 @@ class Connection(BaseRequestHandler):
             self.request, server_side=True, do_handshake_on_connect=False
         )
         self.server.connections.add(self)
+        if self.server.stopping:  # `stop` may have looked at the connections before
+            self.hang_up()
 
     def handle(self) -> None:
         """Do the TLS handshake, and then handle one request after another.
@@ -1889,7 +1897,7 @@ class Connection(BaseRequestHandler):
                 self.refuse_plain_http(first_bytes)
                 return
             if not first_bytes:
-                return  # the client has only probed the port, or was too slow
+                return  # the client has sent nothing, or the server has hung up
             self.tls.do_handshake()
         except OSError:
             if self.hung_up:
@@ -1937,7 +1945,7 @@ class Connection(BaseRequestHandler):
             self.idle_since = None
         if self.has_replied:  # the deadline of the first request was set in setup()
             self.set_deadline(self.server.options.timeout)
-        return bool(self.buffer)
+        return bool(self.buffer) and not self.hung_up
 
     def make_reply(self) -> Reply:
         """Read a request, and return the reply to it."""
@@ -1984,7 +1992,7 @@ class Connection(BaseRequestHandler):
         resume_at = 0  # where the search for the end of the head resumes
         while (end := self.buffer.find(b"\r\n\r\n", resume_at)) < 0:
             check_partial_head(self.buffer, resume_at)
-            resume_at = max(0, len(self.buffer) - 3)  # the last bytes may begin CR LF CR LF
+            resume_at = max(0, len(self.buffer) - 3)  # these may be the start of CR LF CR LF
             self.receive("Request head")
         if end > MAX_HEAD:
             raise Refusal(431, f"Request head must be at most {MAX_HEAD} bytes long")
@@ -2062,8 +2070,8 @@ class Connection(BaseRequestHandler):
         """Let the client read the last reply before the connection closes.
 
         Closing with unread input sends a reset, which could destroy the reply before the client has
-        read it. So shut down the sending side, and read until the client closes, too. This takes at
-        most twice as long as LINGER, because the last read may begin just before the time is up.
+        read it. So shut down the sending side, and read until the client closes, too. Reads may
+        begin until LINGER has passed, and each may take as long again.
         """
         end = time.monotonic() + LINGER
         self.deadline = math.inf  # this method ends by itself
@@ -2096,10 +2104,10 @@ class Connection(BaseRequestHandler):
     def hang_up(self) -> None:
         """Make the thread of this connection end. Called by other threads.
 
-        The first call shuts down reading, which wakes up the thread. It then has LINGER seconds for
-        a last reply. If it takes longer, the accept thread, unless it has ended, makes a second
-        call, which shuts down writing, too. Both use the plain socket, because two threads must not
-        use the TLS object at the same time.
+        The first call shuts down reading, which wakes up the thread. That thread then has LINGER
+        seconds for a last reply. After that, the accept thread makes a second call, which shuts
+        down writing, too. (During `stop`, the accept thread has already ended.) Both calls use the
+        plain socket, because two threads must not use the TLS object at the same time.
         """
         how = socket.SHUT_RDWR if self.hung_up else socket.SHUT_RD
         self.hung_up = True
@@ -2155,8 +2163,8 @@ class Keyring:
     def __init__(self, path: str, allow_demo_keys: bool = True) -> None:
         """Read the file.
 
-        Raises ConfigurationError if the file cannot be used, or if it holds a demo key although
-        these are not allowed. Everybody knows the demo keys, so do not allow them on an address
+        Raises ConfigurationError if the file cannot be used, or if it contains a demo key and
+        `allow_demo_keys` is false. The demo keys are public, so do not allow them on an address
         that others can reach.
         """
         self.path = path
@@ -2377,8 +2385,7 @@ class LogBuffer(logging.Handler):
             return
         if not unwritten:
             notice = f"{utc_now()} Log lines dropped: {dropped}\n"
-            unwritten = self._write_to_stream(notice)
-            if not unwritten:
+            if not self._write_to_stream(notice):  # the notice has been written, too
                 return
         with self._guard:
             self._dropped += dropped  # for a later notice
@@ -2469,18 +2476,19 @@ def json_or_repr(value: object) -> str:
 # ---- All connections -----------------------------------------------------------------------------
 #
 # The threads share this state. Every write is a single assignment or a single change to a set; in
-# CPython, both are atomic. If a reader may act on an old value, the table says what happens then.
+# CPython, both are atomic. A reader may act on an old value for a moment. Where that could do harm,
+# the table says why it does not.
 #
 #   attribute                    written by                  read by
 #   ---------------------------  --------------------------  --------------------------------------
-#   Server.connections           connection threads          accept thread and stop(), which copy it
+#   Server.connections           connection threads          accept thread and stop(), which copy
+#                                                            it; one that stop() misses ends itself
 #   Server.tls_context           accept thread               connection threads, once each
 #   Server.reload_requested      main and accept thread      accept thread
 #   Server.stopping              stop()                      stop(), accept and connection threads
-#   Server.on_failure            main thread                 accept thread: if the server fails
-#                                                            earlier, the main thread notices, too,
-#                                                            because it checks Server.failed after
-#                                                            this assignment
+#   Server.on_failure            main thread                 accept thread: if it fails before the
+#                                                            main thread has set this, the main
+#                                                            thread finds Server.failed set
 #   Server.failed                accept thread               main thread
 #   Destination.failed           writer of a GroupCommit     accept and connection threads
 #   Keyring.keys                 accept thread               accept and main thread
@@ -2582,14 +2590,14 @@ class Server(ThreadingTCPServer):
 
     # -- Accepting --
     #
-    # These methods of `socketserver` are overridden: get_request, process_request, close_request.
-    # By a request, it means the socket of a connection.
+    # `socketserver` calls get_request, process_request and close_request. By a request, it means
+    # the socket of a connection.
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Take a connection slot and accept a connection. `close_request` releases the slot.
 
-        Raises BlockingIOError if no slot is free, or if no connection is waiting. `socketserver`
-        ignores that, and tries again in the next round of its loop.
+        Raises BlockingIOError if no slot is free, or if no connection can be accepted. Then
+        `socketserver` tries again in the next round of its loop.
         """
         if not self._take_slot():
             raise BlockingIOError
@@ -2646,7 +2654,7 @@ class Server(ThreadingTCPServer):
     def make_room(self, error: BaseException) -> None:
         """Evict a connection and pause, because threads, memory or descriptors have run out.
 
-        Logs the error, unless it has already done so since the last connection that was accepted.
+        Logs the error once, and then not again until a thread has been started.
         """
         if not self.out_of_resources:
             log.error("Cannot accept more connections: %s", str(error) or "out of memory")
@@ -2720,8 +2728,8 @@ class Server(ThreadingTCPServer):
         """Stop accepting connections, finish the requests in flight, and close the destination.
 
         Idle connections end at once. So do those whose first head is incomplete, with a 503 if a
-        part of it has arrived. After SHUTDOWN_GRACE, every other request that is still incomplete
-        is answered with 503. After a further REPLY_GRACE, the destination is closed even if
+        part of it has arrived. After SHUTDOWN_GRACE, any request that is still incomplete is
+        answered with 503. After a further REPLY_GRACE, the destination is closed even if
         handlers are still running. Further calls of this method do nothing.
         """
         if self.stopping:
@@ -2805,7 +2813,7 @@ def make_tls_context(options: argparse.Namespace) -> ssl.SSLContext:
     except OSError as error:
         reason = error.strerror
         if isinstance(error, ssl.SSLError) or not reason:
-            reason = "must be a certificate and its private key, unencrypted, in PEM"
+            reason = "must be a PEM certificate and its unencrypted private key"
         raise ConfigurationError(f"{options.tls_cert}, {options.tls_key}: {reason}") from None
     return context
 
@@ -2813,8 +2821,8 @@ def make_tls_context(options: argparse.Namespace) -> ssl.SSLContext:
 # ==================================================================================================
 # Part 4. Entry points
 #
-# `serve` starts a receiver inside a program. `main` is the command line: it takes all the options
-# of `serve`, and a few more.
+# `serve` starts a receiver inside a program. `main` is a command-line program: it has all the
+# options of `serve`, and a few more.
 # ==================================================================================================
 
 
@@ -2823,10 +2831,10 @@ def serve(destination: Destination | None = None, **options: Any) -> Server:
 
     The result is a context manager: leaving its `with` block stops the receiver.
 
-    The options are those of the command line, such as `max_body=1000` for `--max-body 1000`, except
-    --help, --version, --add-key, --calls and --expires. Without a destination, calls are stored in
-    the SQLite file that the option `database` names. With a destination, there is no such option;
-    the receiver closes the destination when it stops.
+    The options are those of the command line except --help, --version, --add-key, --calls and
+    --expires. They are written as keyword arguments: `max_body=1000` for `--max-body 1000`. Without
+    a destination, calls are stored in the SQLite file that the option `database` names; with one,
+    this option does not exist. The receiver closes the destination when it stops.
 
     Requests are logged to standard error, and other messages to the logger `receiver`. If the
     receiver fails, it stops listening, and its attribute `failed` is true. Raises
@@ -2837,7 +2845,7 @@ def serve(destination: Destination | None = None, **options: Any) -> Server:
 
 
 def main(destination: Destination | None = None) -> None:
-    """Run the command line: serve until SIGTERM or SIGINT, or add an API key.
+    """Run as a command-line program: serve until SIGTERM or SIGINT, or add an API key.
 
     Exits with status 2 after a ConfigurationError, which is printed, and with 1 if the receiver
     fails.
@@ -2921,7 +2929,7 @@ def make_parser(destination: Destination | None) -> Parser:
         "--path",
         type=parse_endpoint_path,
         default="/",
-        help="path of the endpoint; that of a request must be exactly this (default: %(default)s)",
+        help="path of the endpoint; requests must have exactly this path (default: %(default)s)",
     )
     add(
         "--reuse-port",
@@ -2938,14 +2946,15 @@ def make_parser(destination: Destination | None) -> Parser:
         "--tls-key",
         metavar="FILE",
         default=project_file("certs/localhost-key.pem"),
-        help="private key of the certificate (default: %(default)s)",
+        help="private key of the certificate, read again with it (default: %(default)s)",
     )
     # The default is filled in later, by with_default_keys. If it were given here, --add-key without
     # --api-keys would add to the demo keys.
     add(
         "--api-keys",
         metavar="FILE",
-        help=f"JSON file of API keys, read again when it changes (default: {default_keys})",
+        help="JSON file with the digests of the API keys, read again when it changes"
+        f" (default: {default_keys})",
     )
     if destination is None:
         add(
@@ -2999,8 +3008,7 @@ def add_command_options(parser: Parser) -> None:
     add(
         "--add-key",
         metavar="CUSTOMER",
-        help="make an API key, add its digest to the file given by --api-keys, print the key, and"
-        " exit",
+        help="make an API key, add its digest to --api-keys FILE (required), print the key, exit",
     )
     add(
         "--calls",
@@ -3012,7 +3020,7 @@ def add_command_options(parser: Parser) -> None:
         "--expires",
         metavar="DATE",
         type=parse_expires_option,
-        help="with --add-key: when the key expires: 2027-01-01 (midnight UTC), 2027-01-01T18:00Z",
+        help="with --add-key: when the key expires, such as 2027-01-01 or 2027-01-01T18:00Z",
     )
     add("--version", action="version", version=f"%(prog)s {__version__}")
 
@@ -3039,7 +3047,7 @@ def options_from_keywords(
 
 
 def with_default_keys(options: argparse.Namespace) -> argparse.Namespace:
-    """Set `api_keys` to the file of demo keys if it is None. Return the object that was given."""
+    """Set `options.api_keys` to the file of demo keys if it is None, and return `options`."""
     if options.api_keys is None:
         options.api_keys = project_file(DEMO_KEYS_FILE)
     return options
@@ -3077,9 +3085,8 @@ def parse_endpoint_path(text: str) -> str:
     Raises ArgumentTypeError if it cannot be the path of a request, or if it is HEALTH_PATH.
     """
     if not re.fullmatch(r"/[!-~]*", text) or "?" in text or "#" in text:
-        rule = "must be a slash, followed by visible ASCII characters other than ? and #"
-        message = f"{rule}, not {short_repr(text)}"
-        raise argparse.ArgumentTypeError(message)
+        rule = "must start with a slash, and contain only visible ASCII characters except ? and #"
+        raise argparse.ArgumentTypeError(f"{rule}: {short_repr(text)}")
     if text == HEALTH_PATH:
         message = f"must not be {HEALTH_PATH}, which is the path of the health check"
         raise argparse.ArgumentTypeError(message)
@@ -3107,7 +3114,7 @@ def parse_expires_option(text: str) -> str:
 
 # ---- Serving until SIGTERM or SIGINT -------------------------------------------------------------
 
-FORCED_EXIT_AFTER = 9.5  # seconds; service managers kill a process after 10 seconds or more
+FORCED_EXIT_AFTER = 9.5  # seconds; service managers wait for at least 10 before they use SIGKILL
 
 
 def run(destination: Destination | None, options: argparse.Namespace) -> int:
@@ -3164,7 +3171,7 @@ def force_exit(server: Server, status: int) -> None:
     server.log_buffer.write(
         f"{utc_now()} Stopping has taken too long; ending the process by force\n"
     )
-    time.sleep(2 * LOG_INTERVAL)  # lets the thread of the log write this line
+    time.sleep(2 * LOG_INTERVAL)  # gives the log thread time to write the message
     os._exit(status)
 
 
@@ -3197,35 +3204,51 @@ def announce(server: Server) -> None:
 
     The server keeps running if standard output is closed or cannot be written to.
     """
-    with contextlib.suppress(OSError, AttributeError, ValueError):  # sys.stdout may be None
-        line = f"Listening on {server.url}"
-        if server.options.bind.is_unspecified:
-            line += f" (--bind {server.options.bind} means every address of this machine)"
-        os.write(sys.stdout.fileno(), f"{line}\n".encode())
+    bind = server.options.bind
+    line = f"Listening on {server.url}"
+    if bind.is_unspecified:
+        addresses = "every IPv4 address" if bind.version == 4 else "every address"
+        line += f" (--bind {bind} means {addresses} of this machine)"
+    with contextlib.suppress(OSError):
+        write_to_stdout(line)
     server.log_buffer.write(startup_hint(server))
+
+
+def write_to_stdout(line: str) -> None:
+    """Write a line to standard output. Raises OSError if that is not possible.
+
+    This bypasses the buffer of `print`: text that is left in it would cause an error at the exit.
+    """
+    try:
+        descriptor = sys.stdout.fileno()
+    except (AttributeError, ValueError):  # it is None or closed
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
+    os.write(descriptor, f"{line}\n".encode())
 
 
 def startup_hint(server: Server) -> str:
     """Return a hint about what to do next, for somebody who started the server by hand."""
     options = server.options
     lines = [""]
-    sample = sample_call(server.endpoint.destination)
-    if sample:
-        lines += ["Send a call from another terminal:", f"    {curl_command(server, sample)}"]
+    sample_path = find_sample_call(server.endpoint.destination)
+    if sample_path:
+        lines += ["Send a call from another terminal:", f"    {curl_command(server, sample_path)}"]
     if hasattr(options, "database"):  # if so, the destination is the default one
         query = "select received_at, type, user_id from calls order by rowid desc limit 9"
         lines.append(f"Calls are stored in {options.database}. Show the latest:")
         lines.append("    " + shlex.join(["sqlite3", options.database, query]))
     else:
         lines.append(f"Calls go to {type(server.endpoint.destination).__name__}.")
-    if DEMO_DIGESTS & server.keyring.keys.keys():
-        lines.append(f"Warning: {options.api_keys} contains demo keys, which are public.")
-        lines.append("Make your own: receiver.py --add-key CUSTOMER --api-keys FILE")
+    if not DEMO_DIGESTS.isdisjoint(server.keyring.keys):
+        lines.append(
+            f"Warning: {options.api_keys} contains demo keys, which are public. Make your own:"
+        )
+        lines.append(f"    python3 {shlex.quote(sys.argv[0])} --add-key CUSTOMER --api-keys FILE")
         lines.append("Then restart with --api-keys FILE.")
     return "\n".join(lines) + "\n\n"
 
 
-def sample_call(destination: Destination) -> str:
+def find_sample_call(destination: Destination) -> str:
     """Return the path of a sample call that the destination supports, or "" if there is none."""
     for call_type in ("track", "identify", "page", "group"):
         path = project_file(f"fixtures/{call_type}.json")
@@ -3234,12 +3257,12 @@ def sample_call(destination: Destination) -> str:
     return ""
 
 
-def curl_command(server: Server, sample: str) -> str:
+def curl_command(server: Server, sample_path: str) -> str:
     """Return a shell command that posts a sample call to this server."""
     accepts_demo_key = hashlib.sha256(b"segment").hexdigest() in server.keyring.keys
     login = "segment:" if accepts_demo_key else "YOUR_API_KEY:"
     command = ["curl", "-i", "--cacert", server.options.tls_cert, "-u", login, server.url]
-    command += ["-H", "Content-Type: application/json", "-d", f"@{sample}"]
+    command += ["-H", "Content-Type: application/json", "-d", f"@{sample_path}"]
     return shlex.join(command)
 
 
@@ -3250,8 +3273,8 @@ def add_key(options: argparse.Namespace) -> None:
     """Make an API key, add its digest to the keys file, and print the key, which is not stored.
 
     Only the key is printed to standard output; a note goes to standard error. Raises
-    ConfigurationError if an option or the keys file cannot be used. It also does so if the key
-    cannot be printed, when it is already in the file.
+    ConfigurationError if an option or the keys file cannot be used, or if the key cannot be
+    printed; in this last case, its entry is already in the file.
     """
     path = options.api_keys
     if not path:
@@ -3273,10 +3296,10 @@ def add_key(options: argparse.Namespace) -> None:
     except OSError as error:
         raise ConfigurationError(f"cannot write {path}: {error.strerror}") from None
     try:
-        print(api_key, flush=True)
+        write_to_stdout(api_key)
     except OSError as error:
-        message = f"the key was added to {path}, but cannot be printed: {error.strerror}"
-        raise ConfigurationError(message) from None
+        message = f"the key could not be printed, so remove its entry, the last one in {path}"
+        raise ConfigurationError(f"{message}: {error.strerror}") from None
     note = f"Added a key for {options.add_key} to {path}. The key will not be shown again."
     print(note, file=sys.stderr)
 
@@ -3306,7 +3329,7 @@ def append_entry(path: str, entry: Mapping[str, Any]) -> None:
             file.write(text)
             file.flush()
             if old_file is not None:
-                # The service must still be able to read the file.
+                # The receiver may run as another user, and must still be able to read the file.
                 os.chmod(file.name, stat.S_IMODE(old_file.st_mode))
                 os.chown(file.name, old_file.st_uid, old_file.st_gid)
             os.replace(file.name, target)
