@@ -346,7 +346,7 @@ def key_digest(authorization: str, /) -> str:
         raise Refusal(401, "Authorization must use the Basic scheme")
     try:
         decoded = decode_base64(credentials.lstrip(" ")).decode()
-    except UnicodeDecodeError:
+    except UnicodeDecodeError:  # a kind of ValueError, so it comes first
         raise Refusal(401, "Authorization must contain credentials in UTF-8") from None
     except ValueError:
         raise Refusal(401, "Authorization must contain credentials in base64") from None
@@ -1126,7 +1126,7 @@ class GroupCommit(Destination):
         call.outcome = Outcome(result)  # raises ValueError if `write` has returned anything else
 
     def _enqueue(self, queued: QueuedCall) -> None:
-        """Add a call to the queue. The first one starts the writer.
+        """Add a call to the queue, and start the writer if it has not been started yet.
 
         Raises Refusal 503 if the queue is full, if the destination has been closed, or if the
         writer has failed or cannot be started.
@@ -2412,17 +2412,22 @@ class LogBuffer(logging.Handler):
 
 
 def log_entry(reply: Reply, seconds: float, verbose: bool) -> str:
-    """Return the log entry for a request, without the time.
+    """Return the log entry for a request, to which the caller adds the time of day.
 
-    The first line has the status, the type, the customer, the user, the event or name, the outcome
-    (unless it is `stored`), the duration, and the message of an error. The lines after it are
-    indented: the traceback of an internal error, and with `verbose` the call, if its body could be
-    parsed. Everything from outside is escaped, so that it cannot forge lines.
+    The first line has the status, the type of call, the customer, the user, the event or name, the
+    outcome (unless it is `stored`), how long the request took, and the message of an error reply:
+
+        200 track demo u1 'Signed Up' duplicate 0.6 ms
+        400 track demo u1 - 0.2 ms Missing event
+
+    Below it, indented, follow the traceback of an internal error, and with `verbose` the content of
+    the call. Everything from outside is escaped, so that it cannot forge lines.
     """
-    raw = reply.raw  # has its keys in snake_case, but its values may be of any type
+    raw = reply.raw  # empty if the body was not parsed; its values may be of any type
     user = raw.get("user_id")
-    if user is None or user == "":
+    if user is None or user == "":  # but 0 is a valid id
         user = raw.get("anonymous_id")
+
     words = [
         str(reply.status),
         log_word(raw.get("type")),
@@ -2435,6 +2440,7 @@ def log_entry(reply: Reply, seconds: float, verbose: bool) -> str:
     words.append(f"{seconds * 1000:.1f} ms")
     if message := reply.body.get("message"):
         words.append(printable(message[:1000]))
+
     lines = [" ".join(words)]
     if reply.error:
         trace = "".join(format_exception(reply.error)).splitlines()
@@ -2523,7 +2529,7 @@ class Server(ThreadingTCPServer):
     request_queue_size = 1024
 
     def __init__(self, destination: Destination | None, options: argparse.Namespace) -> None:
-        """Read the files, listen, and start to serve in background threads.
+        """Read the certificate and the keys, listen, and start serving in background threads.
 
         Without a destination, calls are stored in `options.database`. Raises ConfigurationError if
         an option, or a file that it names, cannot be used.
@@ -2531,17 +2537,19 @@ class Server(ThreadingTCPServer):
         self.options = options
         self.connections: set[Connection] = set()
         self.connection_slots = threading.Semaphore(options.max_connections)
+        self.out_of_resources = False
+        self.next_deadline_check = 0.0  # monotonic time
+        self.next_keys_check = 0.0  # monotonic time
+        self.reload_requested = False
         self.stopping = False
         self.failed = False
         self.on_failure: Callable[[], None] = lambda: None  # called when `failed` is set
-        self.reload_requested = False
-        self.next_deadline_check = 0.0  # monotonic time
-        self.next_keys_check = 0.0  # monotonic time
-        self.out_of_resources = False
 
         self.tls_cert = os.path.abspath(options.tls_cert)
         self.tls_context = make_tls_context(options)
         self.keyring = Keyring(options.api_keys, allow_demo_keys=options.bind.is_loopback)
+
+        # Listen first, so that no database is created if the port is taken.
         self._listen()
         try:
             if destination is None:
@@ -2549,6 +2557,7 @@ class Server(ThreadingTCPServer):
         except ConfigurationError:
             self.server_close()
             raise
+
         self.endpoint = Endpoint(
             destination, self.keyring.keys, options.path, options.max_body, options.maintenance
         )
@@ -3270,11 +3279,11 @@ def curl_command(server: Server, sample_path: str) -> str:
 
 
 def add_key(options: argparse.Namespace) -> None:
-    """Make an API key, add its digest to the keys file, and print the key, which is not stored.
+    """Make an API key, add its digest to the keys file, and print the key.
 
-    Only the key is printed to standard output; a note goes to standard error. Raises
-    ConfigurationError if an option or the keys file cannot be used, or if the key cannot be
-    printed; in this last case, its entry is already in the file.
+    The key itself is not stored. It is all that is printed to standard output; a note goes to
+    standard error. Raises ConfigurationError if an option or the keys file cannot be used. It is
+    also raised if the key cannot be printed; the keys file has then been changed already.
     """
     path = options.api_keys
     if not path:
