@@ -291,7 +291,7 @@ def check_method(method: str, path: str) -> None:
     allowed = ["GET", "HEAD"] if path == HEALTH_PATH else ["POST"]
     if method in allowed:
         return
-    shown = method[:80]  # needs no escaping, because `parse_head` accepts only a TOKEN
+    shown = method[:80]  # `parse_head` accepts only ASCII letters, digits and a few symbols
     message = f"Method {shown} is not allowed; use {' or '.join(allowed)}"
     if method == "GET":  # somebody opened the address in a browser
         message += ". This endpoint receives calls that Segment forwards"
@@ -424,8 +424,8 @@ def check_body_headers(request: Request, max_body: int) -> None:
 # ---- Rung 7: the body, and the settings ----------------------------------------------------------
 
 # The maximum nesting depth of arrays and objects. The JSON parsers of Python, SQLite and PostgreSQL
-# are safe at this depth. At a few thousand levels, they fail; if the stack of the thread is small,
-# Python's even crashes the process.
+# are safe at this depth. At a few thousand levels, they fail, and in a thread with a small stack,
+# Python's parser even crashes the process.
 MAX_DEPTH = 500
 
 # Analytics SDKs post batches to Segment. Segment forwards single calls, because one status code
@@ -504,11 +504,11 @@ def parse_json(data: bytes, label: str) -> Any:
     return value
 
 
-# Matches a part of a JSON text that does not affect the nesting depth: a string, with any brackets
-# in it (the closing quotation mark may be missing), or a run of characters other than brackets and
-# quotation marks. The possessive quantifiers never backtrack, so even invalid JSON takes only
-# linear time.
-NOT_A_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[^\[\]{}"]++', re.DOTALL)
+# Matches a part of a JSON text that does not affect the nesting depth: a whole string, including
+# any brackets inside it (its closing quotation mark may be missing), or a run of characters other
+# than brackets and quotation marks. The possessive quantifiers never backtrack, so even invalid
+# JSON takes only linear time.
+NOT_NESTING = re.compile(r'"(?:[^"\\]|\\.)*+"?|[^\[\]{}"]++', re.DOTALL)
 
 
 def nesting_depth(text: str) -> int:
@@ -517,7 +517,7 @@ def nesting_depth(text: str) -> int:
     If the text is not valid JSON, the result is at least the depth that a parser reaches before it
     finds the error.
     """
-    brackets = NOT_A_BRACKET.sub("", text)
+    brackets = NOT_NESTING.sub("", text)
     steps = (1 if bracket in "[{" else -1 for bracket in brackets)
     return max(accumulate(steps, initial=0))
 
@@ -537,7 +537,8 @@ def parse_double(text: str) -> float:
     """Return a number as a double. Raises ValueError if it overflows."""
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"a number that is out of range: {text[:20]}")
+        shown = text if len(text) <= 20 else f"{text[:20]}…"
+        raise ValueError(f"a number that is out of range: {shown}")
     return value
 
 
@@ -546,8 +547,8 @@ def parse_integer(text: str) -> int:
 
     Many JSON parsers read every number as a double, and would turn such an integer into Infinity.
     """
-    if len(text) > 308:  # a shorter one cannot overflow
-        parse_double(text)  # raises ValueError if this one overflows
+    if len(text) > 308:  # the largest double has 309 digits
+        parse_double(text)  # raises ValueError if the number overflows
     return int(text)
 
 
@@ -614,7 +615,8 @@ def recognize_fields(raw: dict[str, Any]) -> dict[str, Any]:
     underscores, hyphens and spaces. If a field occurs in several spellings, only one of them gets
     the protocol's name: the one that already has it, or else the first. The rest keep their keys.
     If the value under the protocol's name is null, the next spelling takes the name, and the null
-    is dropped. A renamed field takes the place of such a null, or else moves to the end.
+    is dropped. In the order of the fields, a renamed field stands where such a null stood, or else
+    at the end.
     """
     other_keys = [key for key in raw if key not in FIELD_CHECKS]
     for key in other_keys:
@@ -636,7 +638,7 @@ class CallType(NamedTuple):
     """What one type of call passes to its handler, and which field it must have."""
 
     # The fields that the handler receives, in this order, followed by the Call itself. A field that
-    # appears here for some types is ignored in calls of any other type.
+    # only some types have here is ignored in calls of the other types.
     arguments: tuple[str, ...]
 
     # A field that must be present and not empty, or "" if there is none. In addition, every call
@@ -702,18 +704,20 @@ def check_permission(key: Key, call_type: str) -> None:
 
 # ---- Rung 10: the fields -------------------------------------------------------------------------
 #
-# A 400 loses the call for good. So a call is refused for an invalid field only if, without that
-# field, the call could not be understood, or could be misunderstood. The fields in
-# IGNORED_IF_INVALID matter less: if one of them is invalid, it is ignored, and stays in `raw`.
+# A 400 loses the call for good. So an invalid field leads to a refusal only if ignoring it would
+# leave the meaning of the call unclear or wrong. The fields in IGNORED_IF_INVALID matter less: if
+# one of them is invalid, it is ignored, and stays in `raw`.
 
 
 class Call:
     """One call, made by `parse_call` from the fields that it has checked.
 
-    A field keeps its default if it is missing or null, if it is an empty id or an empty time, if
-    this type of call does not use it, or if it is invalid and in IGNORED_IF_INVALID. But the
-    message_id and the timestamp are never empty, because `parse_call` fills them in. Times are text
-    in UTC, in the form 2026-01-15T09:41:07.250Z; sorting this text sorts the times.
+    A field keeps its default, which is {} for traits, properties and context, unless the call gives
+    it a value. Null, an empty id and an empty time count as missing. A field that this type of call
+    does not use is ignored, and so is one that is invalid and in IGNORED_IF_INVALID. The message_id
+    and the timestamp are always filled in.
+
+    Times are text in UTC, in the form 2026-01-15T09:41:07.250Z; sorting this text sorts the times.
     """
 
     # Not a dataclass, because setting only those fields that are present takes less time.
@@ -731,9 +735,9 @@ class Call:
     integrations: Any = None  # which destinations the call is for, such as {"All": True}
     message_id: str = ""  # unique per call; the same in a retry only if the sender gave one
     timestamp: str = ""  # the best estimate of when it happened; order calls by this
-    sent_at: str | None = None  # when the client sent it
+    sent_at: str | None = None  # when the website, app or server sent it to Segment
     received_at: str | None = None  # when Segment received it
-    original_timestamp: str | None = None  # when it happened, by the client's own clock
+    original_timestamp: str | None = None  # when it happened, by the clock of that website or app
     version: Any = None  # of the Segment Spec
 
     customer: str  # the one whose API key was used
@@ -832,7 +836,7 @@ def check_string(value: Any) -> str:
 
 
 def check_object(value: Any) -> dict[str, Any]:
-    """Return an object. An empty array counts as {}, because PHP encodes an empty object as []."""
+    """Return an object. [] counts as {}, because PHP encodes an empty associative array as []."""
     if isinstance(value, dict):
         return value
     if value == []:
@@ -878,12 +882,12 @@ def parse_time(value: Any) -> str:
     message = "must be an ISO 8601 time"
     if not isinstance(value, str):
         raise ValueError(message)
-    is_converted = UTC_TIME.fullmatch(value)
-    if not is_converted and not ISO_8601.fullmatch(value):
+    is_utc_already = UTC_TIME.fullmatch(value)
+    if not is_utc_already and not ISO_8601.fullmatch(value):
         raise ValueError(message)
     try:
         moment = datetime.fromisoformat(value.upper())  # refuses dates such as 2026-02-30
-        if is_converted:
+        if is_utc_already:
             return value
         if moment.tzinfo is not None:
             moment = moment.astimezone(UTC)
@@ -949,14 +953,14 @@ def dispatch(handler: Callable[..., Any], call: Call) -> int:
 
 # ---- Speed ---------------------------------------------------------------------------------------
 #
-# Most requests use the same few API keys, and their objects use the same few hundred keys. This
-# section caches what is computed from both. Deleting it would not change any reply.
+# Most requests have one of a few API keys, and their JSON objects have the same few hundred names.
+# This section caches what is computed from either. Deleting it would not change any reply.
 #
 # It replaces `key_digest` and `snake_case` with cached versions, and `snake_keys` with a version
-# that returns an object as it is if none of its keys needs converting. These take no keyword
-# arguments, so the parameters of the three functions are positional-only (`/`). `DECODER` is made
-# again, because the first one holds the old `snake_keys`. Other callers need no change, because
-# Python looks up a global function each time it is called.
+# that returns an object as it is if all its keys are known to be in snake_case. These take no
+# keyword arguments, so the parameters of the three functions are positional-only (`/`). Functions
+# that call them by name need no change, because Python looks up the name each time. But `DECODER`
+# is made again, because the first one holds the old `snake_keys`.
 
 MAX_CACHED_LENGTH = 100  # characters; longer texts could fill the memory
 MAX_CACHED_TEXTS = 4096
@@ -989,12 +993,12 @@ key_digest = ShortTextCache(key_digest).__getitem__
 snake_case = ShortTextCache(snake_case).__getitem__
 
 
-def skip_if_snake_case(
+def skip_if_known_snake_case(
     convert: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Wrap `snake_keys`, so that it is skipped for an object whose keys are all in snake_case.
+    """Wrap `snake_keys`, so that it is skipped if all keys of an object are known to be converted.
 
-    The wrapper remembers which keys it has seen that were already in snake_case.
+    A key in snake_case becomes known the first time it is seen, unless it is too long.
     """
     known_snake_case: set[str] = set()
 
@@ -1011,16 +1015,16 @@ def skip_if_snake_case(
     return convert_if_needed
 
 
-snake_keys = skip_if_snake_case(snake_keys)
+snake_keys = skip_if_known_snake_case(snake_keys)
 DECODER = make_decoder(snake_keys)
 
 
 # ==================================================================================================
 # Part 2. Storing calls
 #
-# A reply of 200 is a promise that the call will not be lost. `GroupCommit` makes this promise
-# affordable with any database. `Store` is the default destination, with all calls in one SQLite
-# table.
+# A reply of 200 is a promise that the call will not be lost. `GroupCommit` stores waiting calls
+# together, so that keeping this promise costs little time, whatever the database. `Store` is the
+# default destination, with all calls in one SQLite table.
 # ==================================================================================================
 
 log = logging.getLogger("receiver")
@@ -1101,7 +1105,10 @@ class GroupCommit(Destination):
         """
 
     def shut(self) -> None:
-        """Disconnect from the database, after the last `write`. Called by the writer."""
+        """Disconnect from the database, after the last `write`.
+
+        This is called only if `open` has succeeded, and not if the writer has failed.
+        """
 
     def submit(self, call: Call) -> None:
         """Hand a call to the writer, wait until it is stored, and set `call.outcome`.
@@ -1123,7 +1130,7 @@ class GroupCommit(Destination):
             raise Refusal(result.status, result.message, result.headers)
         if isinstance(result, Exception):
             raise result
-        call.outcome = Outcome(result)  # raises ValueError if `write` has returned anything else
+        call.outcome = Outcome(result)  # raises ValueError if the result is not an outcome
 
     def _enqueue(self, queued: QueuedCall) -> None:
         """Add a call to the queue, and start the writer if it has not been started yet.
@@ -1207,7 +1214,8 @@ class GroupCommit(Destination):
         try:
             outcomes = list(self.write([queued.call for queued in batch]))
         except Refusal as error:
-            # Without its traceback, for the same reason as in `error_reply`.
+            # Drop the traceback. `write` may raise the same Refusal object many times; each time,
+            # its traceback would grow, and keep one more batch in memory.
             return [error.with_traceback(None)] * len(batch)
         except Exception as error:
             return [error] if len(batch) == 1 else self._write_one_by_one(batch)
@@ -1231,7 +1239,7 @@ class GroupCommit(Destination):
         try:
             self.open()
         except Refusal as refusal:
-            return refusal.with_traceback(None)
+            return refusal.with_traceback(None)  # as in `_write_batch`
         except Exception:
             log.exception("The destination could not be opened")
             return Refusal(503, "The call cannot be stored at the moment")
@@ -1282,22 +1290,24 @@ def merged_traits(condition: str) -> str:
         from calls as c, json_each(c.call, '$.traits') as trait
         where {condition}
             and trait.key is not null -- if `traits` is null, json_each gives a row without a key
-            -- In fullkey, NUL is escaped as \u0000, and a backslash as \\. Each \\ is removed
-            -- first, because \\u0000, a backslash and the text u0000, also contains \u0000.
+            -- Leave out names that contain NUL, which fullkey escapes as \u0000. It escapes a
+            -- backslash as \\, so a name with the six characters \u0000 in it appears as \\u0000.
+            -- Removing each \\ keeps such a name from being mistaken for one with NUL.
             and instr(replace(trait.fullkey, '\\', ''), '\u0000') = 0
     )
     select json_group_object(name, json(value)) from (
         select name, value, row_number() over (
             partition by name order by timestamp desc, arrival desc
-        ) as recency
+        ) as position -- 1 is the newest
         from trait_values
-    ) where recency = 1
+    ) where position = 1
 )"""
 
 
 USER_TRAITS = merged_traits(
     "c.user_id = owner.user_id and c.customer = owner.customer and c.type = 'identify'"
 )
+# In this condition, the column `call` in GROUP_ID is that of `c`.
 ACCOUNT_TRAITS = merged_traits(
     f"{GROUP_ID} = owner.group_id and c.customer = owner.customer and c.type = 'group'"
 )
@@ -1325,7 +1335,7 @@ create table calls (
     user_id text,
     anonymous_id text,
     timestamp text not null, -- when the call happened, see Call.timestamp
-    received_at text not null, -- when it was stored here (in the JSON: when Segment received it)
+    received_at text not null, -- when it was stored here, unlike the received_at in the JSON
     call text not null, -- the call as JSON, with its keys in snake_case
     primary key (customer, message_id)
 );
@@ -1357,8 +1367,8 @@ create view accounts as
     from groups as owner
     group by group_id, customer;
 
--- Segment lists a destination publicly once it has at least 10 customers, or has received more than
--- 20 million calls.
+-- Segment keeps a destination in private beta until it has at least 10 customers, or has received
+-- more than 20 million calls.
 create view private_beta as
     select count(distinct customer) as customers, count(*) as events,
         count(distinct customer) >= 10 or count(*) > 20000000 as fulfilled
@@ -1442,9 +1452,9 @@ class Store(GroupCommit):
     """The default destination: calls become rows in an SQLite database.
 
     A row is synced to disk before its call is acknowledged. A duplicate is acknowledged, but not
-    stored. A delete removes the user's calls whose timestamps are not later than its own, or than
-    the current time, if that is earlier. If a call with such a timestamp arrives after the delete,
-    it is acknowledged, but not stored.
+    stored. A delete removes the user's calls up to and including its timestamp, or up to the
+    current time if its timestamp is in the future. If a call from that period arrives after the
+    delete, it is acknowledged, but not stored.
     """
 
     def __init__(self, path: str | os.PathLike[str] = "calls.db") -> None:
@@ -1479,7 +1489,7 @@ class Store(GroupCommit):
                     raise OSError("the file was deleted or replaced")
                 outcomes = [self._store(call) for call in calls]
         except (OSError, sqlite3.OperationalError) as error:
-            log.error("Cannot store a batch of %d in %s: %s", len(calls), self._path, error)
+            log.error("Cannot store %d call(s) in %s: %s", len(calls), self._path, error)
             raise Refusal(503, "The call cannot be stored at the moment") from None
         if self._truncate_pending:
             self._truncate_wal()
@@ -1529,7 +1539,7 @@ def open_database(path: str) -> sqlite3.Connection:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     os.close(descriptor)
     db = sqlite3.connect(
-        os.path.abspath(path),
+        os.path.abspath(path),  # so that even :memory: is the name of a file
         timeout=LOCK_TIMEOUT,
         isolation_level=None,  # transactions begin only where the code says `begin`
         check_same_thread=False,  # the writer uses the connection, and another thread closes it
@@ -1719,7 +1729,7 @@ def parse_head(head: str, /) -> Head:
     if "host" not in headers and not is_http_1_0:
         raise Refusal(400, "Missing Host header")
     length = parse_length(headers.pop("content-length", None))
-    has_transfer_coding = "transfer-encoding" in headers  # without a length: 411, on rung 6
+    has_transfer_coding = "transfer-encoding" in headers  # if it comes alone, rung 6 refuses it
     if length is not None and has_transfer_coding:  # the classic way to smuggle a request
         raise Refusal(400, "Transfer-Encoding and Content-Length must not be combined")
 
@@ -1791,15 +1801,18 @@ def origin_form(target: str) -> str:
 
 # ---- Speed ---------------------------------------------------------------------------------------
 #
-# The heads from one sender usually differ only in their Content-Length. So this section caches
-# parsed heads with that number replaced by 0, which saves more than half of the time it takes to
-# parse a head. Deleting this section would not change any reply. Requests share the cached headers,
-# so do not modify them.
+# The heads that a sender sends with one API key usually differ only in their Content-Length. So
+# this section caches the heads that were parsed last, with that number replaced by 0. A hit saves
+# more than half of the time it takes to parse a head. Deleting this section would not change any
+# reply. Requests share the cached headers, so do not modify them.
+
+MAX_CACHED_HEADS = 1024
+MAX_CACHED_HEAD = 2000  # bytes
 
 
 def with_head_cache(parse: Callable[[str], Head]) -> Callable[[str], Head]:
     """Wrap `parse_head` in a cache that ignores the Content-Length."""
-    cached_parse = lru_cache(maxsize=64)(parse)
+    cached_parse = lru_cache(MAX_CACHED_HEADS)(parse)
 
     @wraps(parse)
     def parse_cached(head: str, /) -> Head:
@@ -1807,7 +1820,11 @@ def with_head_cache(parse: Callable[[str], Head]) -> Callable[[str], Head]:
         digits, line_end, rest = after.partition("\r\n")
         # Cache only a head that is short, to limit the memory, and that has the Content-Length in
         # the usual form, with at most nine digits.
-        if len(head) > 2000 or len(digits) > 9 or not (digits.isascii() and digits.isdigit()):
+        if (
+            len(head) > MAX_CACHED_HEAD
+            or len(digits) > 9
+            or not (digits.isascii() and digits.isdigit())
+        ):
             return parse(head)
         cached = cached_parse(f"{before}{name}0{line_end}{rest}")
         return cached._replace(length=int(digits))
@@ -1821,8 +1838,8 @@ parse_head = with_head_cache(parse_head)
 # ---- One connection ------------------------------------------------------------------------------
 
 RECEIVE_SIZE = 16_384  # bytes; a TLS record holds at most this many
-LINGER = 2.0  # seconds for a last reply after `hang_up`, and again for the reads in `drain`
-PLAIN_HTTP = re.compile(rb"[A-Z]+ ")  # a TLS connection never begins like this
+LINGER = 2.0  # seconds that a last reply may take after `hang_up`, and that `drain` keeps reading
+PLAIN_HTTP = re.compile(rb"[A-Z]+ ")  # how most plain HTTP begins, and TLS never does
 REASON_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -1882,13 +1899,13 @@ class Connection(BaseRequestHandler):
             self.request, server_side=True, do_handshake_on_connect=False
         )
         self.server.connections.add(self)
-        if self.server.stopping:  # `stop` may have looked at the connections before
+        if self.server.stopping:  # `stop` may have missed this connection
             self.hang_up()
 
     def handle(self) -> None:
         """Do the TLS handshake, and then handle one request after another.
 
-        A client that speaks plain HTTP is refused. Raises OSError if the handshake fails.
+        A client that evidently speaks plain HTTP is refused. Raises OSError if the handshake fails.
         """
         try:
             # Calling a method of the plain class, such as `socket.socket.recv`, bypasses TLS.
@@ -1897,7 +1914,7 @@ class Connection(BaseRequestHandler):
                 self.refuse_plain_http(first_bytes)
                 return
             if not first_bytes:
-                return  # the client has sent nothing, or the server has hung up
+                return  # the client has disconnected, or the server has hung up
             self.tls.do_handshake()
         except OSError:
             if self.hung_up:
@@ -1925,7 +1942,7 @@ class Connection(BaseRequestHandler):
         started = time.monotonic()
         reply = self.make_reply()
         if self.evicted and not self.has_received_head:
-            return  # only a part of a head had arrived: end without a reply or a log line
+            return  # its first head was incomplete: a stalled client needs no reply or log line
 
         self.server.log_request(reply, time.monotonic() - started)
         self.close_connection = self.close_connection or self.must_close(reply)
@@ -1992,7 +2009,7 @@ class Connection(BaseRequestHandler):
         resume_at = 0  # where the search for the end of the head resumes
         while (end := self.buffer.find(b"\r\n\r\n", resume_at)) < 0:
             check_partial_head(self.buffer, resume_at)
-            resume_at = max(0, len(self.buffer) - 3)  # these may be the start of CR LF CR LF
+            resume_at = max(0, len(self.buffer) - 3)  # the last 3 bytes may begin CR LF CR LF
             self.receive("Request head")
         if end > MAX_HEAD:
             raise Refusal(431, f"Request head must be at most {MAX_HEAD} bytes long")
@@ -2070,8 +2087,8 @@ class Connection(BaseRequestHandler):
         """Let the client read the last reply before the connection closes.
 
         Closing with unread input sends a reset, which could destroy the reply before the client has
-        read it. So shut down the sending side, and read until the client closes, too. Reads may
-        begin until LINGER has passed, and each may take as long again.
+        read it. So shut down the sending side, and read until the client closes, too. This takes at
+        most twice as long as LINGER: no read begins after LINGER, and none takes longer.
         """
         end = time.monotonic() + LINGER
         self.deadline = math.inf  # this method ends by itself
@@ -2102,12 +2119,12 @@ class Connection(BaseRequestHandler):
             self.deadline = time.monotonic() + LINGER
 
     def hang_up(self) -> None:
-        """Make the thread of this connection end. Called by other threads.
+        """Make the thread of this connection end. Called by other threads, and by `setup`.
 
         The first call shuts down reading, which wakes up the thread. That thread then has LINGER
         seconds for a last reply. After that, the accept thread makes a second call, which shuts
-        down writing, too. (During `stop`, the accept thread has already ended.) Both calls use the
-        plain socket, because two threads must not use the TLS object at the same time.
+        down writing, too; `stop` does not. Both calls bypass TLS, because two threads must not use
+        the TLS object at the same time.
         """
         how = socket.SHUT_RDWR if self.hung_up else socket.SHUT_RD
         self.hung_up = True
@@ -2119,13 +2136,14 @@ class Connection(BaseRequestHandler):
 def check_partial_head(buffer: bytearray, resume_at: int) -> None:
     """Raise Refusal if an incomplete head has a bare line feed (400) or is too long (414, 431).
 
-    The search for line feeds starts at `resume_at`; earlier bytes were searched before.
+    A client that ends its lines with bare line feeds never sends the end of a head, so it must be
+    told early. The search for line feeds starts at `resume_at`; earlier bytes were searched before.
     """
     if BARE_LF.search(buffer, resume_at):
         raise Refusal(400, "Malformed line; every line must end in CR LF")
-    if len(buffer) > MAX_HEAD:
+    if len(buffer) > MAX_HEAD + 3:  # the last 3 bytes may begin CR LF CR LF
         raise Refusal(431, f"Request head must be at most {MAX_HEAD} bytes long")
-    longest_request_line = MAX_TARGET + 99  # leaves room for the method and the version
+    longest_request_line = MAX_TARGET + 99  # with a method and a version of normal length
     if len(buffer) > longest_request_line and b"\r\n" not in buffer:
         raise Refusal(414, f"Request target must be at most {MAX_TARGET} bytes long")
 
@@ -2197,8 +2215,8 @@ class Keyring:
         has_demo_key = not DEMO_DIGESTS.isdisjoint(keys)
         if has_demo_key and not self.allow_demo_keys:
             raise ConfigurationError(
-                f"{self.path} contains a demo key, which is public, so --bind must be a loopback"
-                " address; make your own keys with --add-key CUSTOMER --api-keys FILE"
+                f"{self.path} contains a demo key, which is public: use a loopback address for"
+                " --bind, or make your own keys with --add-key CUSTOMER --api-keys FILE"
             )
         return keys
 
@@ -2290,7 +2308,7 @@ def optional_member(entry: Mapping[str, Any], name: str, parse: Callable[[Any], 
 
 
 def parse_call_types(names: Any) -> frozenset[str]:
-    """Return a set of types of call.
+    """Return the types of call in an array as a set.
 
     Raises ValueError. Its message lacks a subject; the caller puts the name of the member first, as
     in "calls must be an array".
@@ -2383,12 +2401,10 @@ class LogBuffer(logging.Handler):
         dropped += unwritten.count(b"\n")
         if not dropped:
             return
-        if not unwritten:
-            notice = f"{utc_now()} Log lines dropped: {dropped}\n"
-            if not self._write_to_stream(notice):  # the notice has been written, too
-                return
-        with self._guard:
-            self._dropped += dropped  # for a later notice
+        notice = f"{utc_now()} Log lines dropped: {dropped}\n"
+        if unwritten or self._write_to_stream(notice):  # the notice could not be written, either
+            with self._guard:
+                self._dropped += dropped  # for a later notice
 
     def _write_to_stream(self, text: str) -> bytes:
         """Write text to standard error, and return what could not be written.
@@ -2487,8 +2503,9 @@ def json_or_repr(value: object) -> str:
 #
 #   attribute                    written by                  read by
 #   ---------------------------  --------------------------  --------------------------------------
-#   Server.connections           connection threads          accept thread and stop(), which copy
-#                                                            it; one that stop() misses ends itself
+#   Server.connections           connection threads          accept thread and stop(), which use a
+#                                                            copy; a connection that stop() misses
+#                                                            hangs up by itself
 #   Server.tls_context           accept thread               connection threads, once each
 #   Server.reload_requested      main and accept thread      accept thread
 #   Server.stopping              stop()                      stop(), accept and connection threads
@@ -2507,7 +2524,8 @@ def json_or_repr(value: object) -> str:
 #     .has_received_head                                     up on a connection that has just become
 #                                                            busy; then the sender retries
 #   Connection.accepted_at       its thread, once            accept thread
-#   Connection.hung_up           accept thread and stop()    its thread, accept thread and stop()
+#   Connection.hung_up           accept thread, stop(), and  its thread, accept thread and stop()
+#                                its thread in setup()
 #   Connection.evicted           accept thread               its thread
 #
 # GroupCommit and LogBuffer have locks, and `connection_slots` is a semaphore.
@@ -2669,7 +2687,7 @@ class Server(ThreadingTCPServer):
             log.error("Cannot accept more connections: %s", str(error) or "out of memory")
         self.out_of_resources = True
         self.evict_connection()
-        time.sleep(0.1)  # a retry at once would occupy the processor
+        time.sleep(0.1)  # retrying at once would keep the processor busy
 
     # -- Housekeeping --
 
@@ -2755,7 +2773,7 @@ class Server(ThreadingTCPServer):
         self.log_buffer.close()
 
     def _end_connections(self, seconds: float, may_hang_up: Callable[[Connection], bool]) -> None:
-        """Wait up to `seconds` until no connection is left.
+        """Wait until no connection is left, but for at most `seconds`.
 
         Meanwhile, hang up on each connection as soon as `may_hang_up` is true for it.
         """
@@ -2814,8 +2832,8 @@ def make_tls_context(options: argparse.Namespace) -> ssl.SSLContext:
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
     context.set_alpn_protocols(["http/1.1"])
     context.options |= ssl.OP_NO_RENEGOTIATION
-    # Accept that a client disconnects without close_notify. That cannot hide a truncated body,
-    # because Content-Length reveals it.
+    # Let clients disconnect without close_notify. That cannot hide a truncated body, because
+    # Content-Length reveals it.
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     try:
         context.load_cert_chain(options.tls_cert, options.tls_key, password="")  # never ask for one
@@ -2841,9 +2859,10 @@ def serve(destination: Destination | None = None, **options: Any) -> Server:
     The result is a context manager: leaving its `with` block stops the receiver.
 
     The options are those of the command line except --help, --version, --add-key, --calls and
-    --expires. They are written as keyword arguments: `max_body=1000` for `--max-body 1000`. Without
-    a destination, calls are stored in the SQLite file that the option `database` names; with one,
-    this option does not exist. The receiver closes the destination when it stops.
+    --expires. They are written as keyword arguments: `max_body=1000` for `--max-body 1000`, and
+    `quiet=True` for `--quiet`. Without a destination, calls are stored in the SQLite file that the
+    option `database` names; if there is a destination, this option does not exist. The receiver
+    closes the destination when it stops.
 
     Requests are logged to standard error, and other messages to the logger `receiver`. If the
     receiver fails, it stops listening, and its attribute `failed` is true. Raises
@@ -2894,7 +2913,8 @@ DEMO_KEYS_FILE = "fixtures/keys.json"
 def project_file(name: str) -> str:
     """Return the path of a file whose name is relative to the directory of receiver.py.
 
-    The result is relative to the current directory if the file is below that.
+    If the file is below the current directory, the result is relative to that directory. Otherwise
+    it is absolute.
     """
     path = Path(__file__).resolve().parent / name
     with contextlib.suppress(ValueError, OSError):
@@ -2955,7 +2975,7 @@ def make_parser(destination: Destination | None) -> Parser:
         "--tls-key",
         metavar="FILE",
         default=project_file("certs/localhost-key.pem"),
-        help="private key of the certificate, read again with it (default: %(default)s)",
+        help="private key of the certificate, read again after SIGHUP (default: %(default)s)",
     )
     # The default is filled in later, by with_default_keys. If it were given here, --add-key without
     # --api-keys would add to the demo keys.
@@ -3017,19 +3037,22 @@ def add_command_options(parser: Parser) -> None:
     add(
         "--add-key",
         metavar="CUSTOMER",
-        help="make an API key, add its digest to --api-keys FILE (required), print the key, exit",
+        help="make an API key for CUSTOMER, add its digest to the file given by --api-keys"
+        " (required), print the key, and exit",
     )
     add(
         "--calls",
         metavar="TYPES",
         type=parse_calls_option,
-        help="with --add-key: permit only these types, such as identify,track",
+        help="with --add-key: the types of call that the key permits, for example identify,track"
+        " (default: all)",
     )
     add(
         "--expires",
         metavar="DATE",
         type=parse_expires_option,
-        help="with --add-key: when the key expires, such as 2027-01-01 or 2027-01-01T18:00Z",
+        help="with --add-key: date or time of the key's expiry, for example 2027-01-01 or"
+        " 2027-01-01T18:00Z (default: never)",
     )
     add("--version", action="version", version=f"%(prog)s {__version__}")
 
@@ -3039,19 +3062,24 @@ def options_from_keywords(
 ) -> argparse.Namespace:
     """Parse keyword arguments as though they were options on the command line.
 
-    None and False stand for an option that was not given. Raises ConfigurationError.
+    None stands for an option that was not given. An option without a value, such as `quiet`, is
+    True or False. Raises ConfigurationError.
     """
     parser = make_parser(destination)
-    known = set(vars(parser.parse_args([])))
+    defaults = vars(parser.parse_args([]))  # of all options
     words = []
     for name, value in keywords.items():
-        if name not in known:
+        if name not in defaults:
             raise ConfigurationError(f"unknown option {short_repr(name)}")
-        flag = "--" + name.replace("_", "-")
-        if value is True:
-            words.append(flag)
-        elif value is not None and value is not False:  # `value in (None, False)` would match 0
-            words.append(f"{flag}={value}")
+        option = "--" + name.replace("_", "-")
+        if value is None:
+            continue
+        if not isinstance(defaults[name], bool):
+            words.append(f"{option}={value}")
+        elif not isinstance(value, bool):
+            raise ConfigurationError(f"{name} must be True or False, not {short_repr(value)}")
+        elif value:
+            words.append(option)
     return with_default_keys(parser.parse_args(words))
 
 
@@ -3094,8 +3122,8 @@ def parse_endpoint_path(text: str) -> str:
     Raises ArgumentTypeError if it cannot be the path of a request, or if it is HEALTH_PATH.
     """
     if not re.fullmatch(r"/[!-~]*", text) or "?" in text or "#" in text:
-        rule = "must start with a slash, and contain only visible ASCII characters except ? and #"
-        raise argparse.ArgumentTypeError(f"{rule}: {short_repr(text)}")
+        rule = "must start with a slash, and contain only visible ASCII characters, without ? or #"
+        raise argparse.ArgumentTypeError(f"{short_repr(text)} {rule}")
     if text == HEALTH_PATH:
         message = f"must not be {HEALTH_PATH}, which is the path of the health check"
         raise argparse.ArgumentTypeError(message)
@@ -3116,8 +3144,10 @@ def parse_expires_option(text: str) -> str:
     """Return a time unchanged, after checking it. Raises ArgumentTypeError."""
     try:
         parse_time(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}, not {short_repr(text)}") from None
+    except ValueError:
+        examples = "2027-01-01 or 2027-01-01T18:00Z"
+        message = f"must be a date or time such as {examples}, not {short_repr(text)}"
+        raise argparse.ArgumentTypeError(message) from None
     return text
 
 
@@ -3127,7 +3157,7 @@ FORCED_EXIT_AFTER = 9.5  # seconds; service managers wait for at least 10 before
 
 
 def run(destination: Destination | None, options: argparse.Namespace) -> int:
-    """Serve until SIGTERM or SIGINT. Return the exit status: 1 if the server has failed, or else 0.
+    """Serve until SIGTERM or SIGINT. Return the exit status: 1 if the server has failed, or 0.
 
     Without a destination, calls are stored in `options.database`. On SIGHUP, the server reads the
     keys and the certificate again; on SIGUSR1, it starts or ends maintenance. Raises
@@ -3139,6 +3169,7 @@ def run(destination: Destination | None, options: argparse.Namespace) -> int:
     raise_file_limit(options.max_connections)
     avoid_preemption()
     server = Server(destination, options)
+    # Send other messages to the request log, too, and nowhere else.
     log.addHandler(server.log_buffer)
     log.propagate = False
     try:
@@ -3155,7 +3186,7 @@ def run(destination: Destination | None, options: argparse.Namespace) -> int:
 def handle_signals(server: Server, signals: set[signal.Signals]) -> None:
     """Do what these signals ask for, until SIGTERM or SIGINT arrives, or until the server fails."""
     server.on_failure = lambda: os.kill(os.getpid(), signal.SIGTERM)  # ends sigwait
-    while not server.failed:
+    while not server.failed:  # it may have failed before `on_failure` was set
         received = signal.sigwait(signals)
         if received == signal.SIGHUP:
             server.reload()
@@ -3185,7 +3216,7 @@ def force_exit(server: Server, status: int) -> None:
 
 
 def raise_file_limit(max_connections: int) -> None:
-    """Raise the limit on open files, if possible, to what this number of connections needs."""
+    """Try to raise the limit on open files, so that it suffices for this many connections."""
     import resource  # not at the top of the file, because only Unix has it, and only `run` needs it
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -3200,8 +3231,8 @@ def raise_file_limit(max_connections: int) -> None:
 def avoid_preemption() -> None:
     """Keep the thread that holds the GIL from being preempted by one that has just woken up.
 
-    By default, the kernel may run a thread as soon as it wakes up, although it can then only wait
-    for the GIL. SCHED_BATCH prevents this. Threads that are started later inherit it.
+    By default, the kernel may run a newly woken thread at once, although that thread can do nothing
+    but wait for the GIL. SCHED_BATCH prevents this. Threads that are started later inherit it.
     """
     if hasattr(os, "SCHED_BATCH"):
         with contextlib.suppress(OSError):  # not permitted in some containers
@@ -3226,7 +3257,8 @@ def announce(server: Server) -> None:
 def write_to_stdout(line: str) -> None:
     """Write a line to standard output. Raises OSError if that is not possible.
 
-    This bypasses the buffer of `print`: text that is left in it would cause an error at the exit.
+    This bypasses the buffer of `sys.stdout`. Text that cannot be written would stay in the buffer,
+    and cause an error at exit.
     """
     try:
         descriptor = sys.stdout.fileno()
@@ -3307,10 +3339,10 @@ def add_key(options: argparse.Namespace) -> None:
     try:
         write_to_stdout(api_key)
     except OSError as error:
-        message = f"the key could not be printed, so remove its entry, the last one in {path}"
-        raise ConfigurationError(f"{message}: {error.strerror}") from None
-    note = f"Added a key for {options.add_key} to {path}. The key will not be shown again."
-    print(note, file=sys.stderr)
+        reason = f"the key could not be printed ({error.strerror})"
+        raise ConfigurationError(f"{reason}; remove its entry, the last one in {path}") from None
+    added = f"Added the digest of a key for {options.add_key} to {path}."
+    print(f"{added} The key itself is not stored, so keep it now.", file=sys.stderr)
 
 
 def append_entry(path: str, entry: Mapping[str, Any]) -> None:
@@ -3322,9 +3354,9 @@ def append_entry(path: str, entry: Mapping[str, Any]) -> None:
     existing file is unchanged.
     """
     entries: list[Any] = []
-    old_file = None
+    old_stat = None
     if os.path.exists(path):
-        old_file = os.stat(path)
+        old_stat = os.stat(path)
         entries, _ = read_keys_file(path)
     entries.append(entry)
     lines = ",\n  ".join([json.dumps(each, ensure_ascii=False) for each in entries])
@@ -3337,10 +3369,10 @@ def append_entry(path: str, entry: Mapping[str, Any]) -> None:
         try:
             file.write(text)
             file.flush()
-            if old_file is not None:
+            if old_stat is not None:
                 # The receiver may run as another user, and must still be able to read the file.
-                os.chmod(file.name, stat.S_IMODE(old_file.st_mode))
-                os.chown(file.name, old_file.st_uid, old_file.st_gid)
+                os.chmod(file.name, stat.S_IMODE(old_stat.st_mode))
+                os.chown(file.name, old_stat.st_uid, old_stat.st_gid)
             os.replace(file.name, target)
         except BaseException:
             os.unlink(file.name)

@@ -1072,9 +1072,12 @@ OUT_OF_RANGE = "It must not contain a number that is out of range: "
         "a negative double that overflows": (b'{"a": -1e400}', OUT_OF_RANGE + "-1e400"),
         "an integer of 309 digits that overflows": (
             b'{"a": ' + b"9" * 309 + b"}",
-            OUT_OF_RANGE + "9" * 20,
+            OUT_OF_RANGE + "9" * 20 + "…",
         ),
-        "an integer of 5000 digits": (b'{"a": ' + b"9" * 5000 + b"}", OUT_OF_RANGE + "9" * 20),
+        "an integer of 5000 digits": (
+            b'{"a": ' + b"9" * 5000 + b"}",
+            OUT_OF_RANGE + "9" * 20 + "…",
+        ),
         "an unpaired surrogate in a value": (
             rb'{"a": "\ud800"}',
             "It must not contain an unpaired surrogate",
@@ -2982,6 +2985,15 @@ def test_this_request_is_accepted_and_the_connection_stays_open(
         assert client.status(request()) == 200
 
 
+@pytest.mark.parametrize("missing", [1, 2, 3, 4])
+def test_a_head_of_64_kib_is_accepted_even_if_the_end_of_it_arrives_later(missing: int) -> None:
+    data = request_with_head_of(65_536)
+    end_of_head = data.index(b"\r\n\r\n") + 4
+    receiver.check_partial_head(bytearray(data[: end_of_head - missing]), 0)
+    with pytest.raises(receiver.Refusal, match="at most 65536 bytes"):
+        receiver.check_partial_head(bytearray(data[: end_of_head - missing] + b"x" * missing), 0)
+
+
 # Requests after which the connection closes, and the status of the reply.
 CLOSING_REQUESTS: dict[str, tuple[bytes, int]] = {
     "close": (request(TRACK, "connection: Close"), 200),
@@ -4768,7 +4780,11 @@ def test_what_is_not_a_destination_is_refused(destination: Any, message: str) ->
             {"timeout": "soon"},
             "argument --timeout: must be a number from",
         ),
-        "a flag with a value": ({"quiet": "yes"}, "argument --quiet"),
+        "a flag with a value": ({"quiet": "yes"}, "quiet must be True or False, not 'yes'"),
+        "an option with a flag's value": (
+            {"max_body": True},
+            "argument --max-body: must be an integer from 1 to 536870912, not 'True'",
+        ),
         "a missing certificate": ({"tls_cert": "none.pem"}, "none.pem: No such file"),
         "missing keys": ({"api_keys": "none.json"}, "none.json: No such file"),
     },
@@ -4780,7 +4796,7 @@ def test_serve_names_an_option_or_a_file_that_cannot_be_used(
         receiver.serve(Recorder(), **{"port": 0, **options})
 
 
-def test_none_or_false_means_that_an_option_was_not_given() -> None:
+def test_none_or_a_flag_that_is_false_means_that_an_option_was_not_given() -> None:
     with receiver.serve(Recorder(), port=0, quiet=False, path=None) as server:
         assert server.url.endswith("/")
         assert not server.options.quiet
@@ -4799,13 +4815,17 @@ def test_the_first_line_says_where_it_listens(running: RunningReceiver) -> None:
 
 
 def test_the_commands_in_the_startup_hint_work_when_they_are_pasted_into_a_shell(
-    running: RunningReceiver,
+    running: RunningReceiver, tmp_path: Path
 ) -> None:
     running.wait_for_log("^Warning: fixtures/keys.json contains demo keys, which are public")
     shown = command("sh", "-c", running.wait_for_log(r"^ +(curl .*)$")[1])
     assert shown.stdout.startswith("HTTP/1.1 200 OK")
     shown = command("sh", "-c", running.wait_for_log(r"^ +(sqlite3 .*)$")[1])
     assert shown.stdout.split("\n")[0].endswith(f"|track|{SAMPLES['track']['user_id']}")
+    keys = tmp_path / "keys.json"
+    add_key_command = running.wait_for_log(r"^ +python3 (.* --api-keys) FILE$")[1]
+    shown = command("sh", "-c", f"{sys.executable} {add_key_command} {keys}")
+    assert [entry["customer"] for entry in json.loads(keys.read_text())] == ["CUSTOMER"]
 
 
 def test_the_hint_sends_a_call_that_the_destination_supports(tmp_path: Path) -> None:
@@ -4909,14 +4929,11 @@ def test_version_is_printed() -> None:
 
 
 DEMO_KEYS_REFUSED = (
-    "fixtures/keys.json contains a demo key, which is public, so --bind must be a loopback"
-    " address; make your own keys with --add-key CUSTOMER --api-keys FILE"
+    "fixtures/keys.json contains a demo key, which is public: use a loopback address for --bind,"
+    " or make your own keys with --add-key CUSTOMER --api-keys FILE"
 )
 NOT_A_PAIR = "must be a PEM certificate and its unencrypted private key"
-PATH_RULE = (
-    "argument --path: must start with a slash, and contain only visible ASCII characters except ?"
-    " and #: "
-)
+PATH_RULE = "must start with a slash, and contain only visible ASCII characters, without ? or #"
 NO_CERT = (
     "nowhere.pem: No such file or directory; `make certs` creates a self-signed certificate and"
     " its key"
@@ -4941,10 +4958,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--bind", "localhost"],
         "argument --bind: must be an IPv4 or IPv6 address, not 'localhost'",
     ),
-    "a path without a slash": (["--path", "segment"], PATH_RULE + "'segment'"),
-    "a path with a query": (["--path", "/?"], PATH_RULE + "'/?'"),
-    "a path with a fragment": (["--path", "/#"], PATH_RULE + "'/#'"),
-    "a path beyond ASCII": (["--path", "/é"], PATH_RULE + "'/é'"),
+    "a path without a slash": (["--path", "segment"], f"argument --path: 'segment' {PATH_RULE}"),
+    "a path with a query": (["--path", "/?"], f"argument --path: '/?' {PATH_RULE}"),
+    "a path with a fragment": (["--path", "/#"], f"argument --path: '/#' {PATH_RULE}"),
+    "a path beyond ASCII": (["--path", "/é"], f"argument --path: '/é' {PATH_RULE}"),
     "the path of the health check": (
         ["--path", "/health"],
         "argument --path: must not be /health, which is the path of the health check",
@@ -5023,7 +5040,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "--add-key with a date in words": (
         ["--add-key", "A", "--expires", "soon", "--api-keys", "k.json"],
-        "argument --expires: must be an ISO 8601 time, not 'soon'",
+        "argument --expires: must be a date or time such as 2027-01-01 or 2027-01-01T18:00Z, not"
+        " 'soon'",
     ),
     "--add-key without a customer": (
         ["--add-key=", "--api-keys", "k.json"],
@@ -5064,7 +5082,8 @@ def test_add_key_prints_the_key_and_stores_only_its_digest(tmp_path: Path) -> No
     done = add_key("Acme", "--api-keys", keys)
     api_key = done.stdout.strip()
     assert re.fullmatch(r"[\w-]{43}", api_key)
-    assert done.stderr == f"Added a key for Acme to {keys}. The key will not be shown again.\n"
+    added = f"Added the digest of a key for Acme to {keys}."
+    assert done.stderr == f"{added} The key itself is not stored, so keep it now.\n"
     assert json.loads(keys.read_text()) == [{"customer": "Acme", "sha256": digest(api_key)}]
 
 
@@ -5114,8 +5133,8 @@ def test_add_key_says_so_if_the_key_cannot_be_printed(
     keys = tmp_path / "keys.json"
     words = [*RECEIVER, "--add-key", "Acme", "--api-keys", str(keys)]
     done = command("sh", "-c", f'exec "$@" {redirection}', "sh", *words)
-    message = f"the key could not be printed, so remove its entry, the last one in {keys}"
-    assert (done.returncode, done.stderr) == (2, f"receiver.py: {message}: {reason}\n")
+    message = f"the key could not be printed ({reason}); remove its entry, the last one in {keys}"
+    assert (done.returncode, done.stderr) == (2, f"receiver.py: {message}\n")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can change the owner of a file")
