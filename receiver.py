@@ -44,12 +44,13 @@ own code instead, define a destination:
                 raise receiver.Refusal(400, "Missing email address")
             save_contact(user_id, traits)  # before the call is acknowledged
 
-Run it in a test. By default, the public demo key `segment` is valid, here and in `main`:
+Run it in a test (unless you supply other keys, the public demo key `segment` is valid):
 
     with receiver.serve(Contacts(), port=0) as server:  # a real HTTPS endpoint
         requests.post(server.url, json=..., auth=("segment", ""), verify=server.tls_cert)
 
-Or run it as a program that parses command-line options and serves until it is stopped:
+Or run it as a program that parses command-line options and serves until it is stopped (the demo key
+is valid by default there, too):
 
     receiver.main(Contacts())
 """
@@ -255,7 +256,7 @@ def error_reply(error: Exception) -> Reply:
     if not isinstance(error, Refusal):
         return internal_error
     try:
-        # A subclass may have set its attributes to anything. The constructor checks them.
+        # A subclass may have set its attributes to anything. Making a plain Refusal checks them.
         refusal = Refusal(error.status, str(error.message), error.headers)
     except Exception:
         return internal_error
@@ -291,7 +292,7 @@ def check_method(method: str, path: str) -> None:
     allowed = ["GET", "HEAD"] if path == HEALTH_PATH else ["POST"]
     if method in allowed:
         return
-    shown = method[:80]  # `parse_head` accepts only ASCII letters, digits and a few symbols
+    shown = method[:80]  # safe as it is: `parse_head` accepts only letters, digits and symbols
     message = f"Method {shown} is not allowed; use {' or '.join(allowed)}"
     if method == "GET":  # somebody opened the address in a browser
         message += ". This endpoint receives calls that Segment forwards"
@@ -362,7 +363,7 @@ def decode_base64(text: str) -> bytes:
     """Decode base64 (RFC 4648 §4). Raises ValueError if the text is not in canonical form.
 
     Depending on its version, Python's decoder also accepts excess padding and non-zero trailing
-    bits. Encoding the result again, and comparing it with the text, rejects them in every version.
+    bits. Re-encoding the result and comparing that with the text rejects both in every version.
     """
     decoded = base64.b64decode(text, validate=True)
     if base64.b64encode(decoded).decode() != text:
@@ -499,7 +500,7 @@ def parse_json(data: bytes, label: str) -> Any:
         # The exact position depends on the parser; another implementation need not reproduce it.
         position = error.pos + 1
         raise Refusal(400, f"{label} must be JSON: syntax error at character {position}") from None
-    except ValueError as error:  # from one of the functions below
+    except ValueError as error:  # from a function below; its message completes this one
         raise Refusal(400, f"{label} must not contain {error}") from None
     return value
 
@@ -547,7 +548,7 @@ def parse_integer(text: str) -> int:
 
     Many JSON parsers read every number as a double, and would turn such an integer into Infinity.
     """
-    if len(text) > 308:  # the largest double has 309 digits
+    if len(text) >= 309:  # the largest double has 309 digits; a shorter number always fits
         parse_double(text)  # raises ValueError if the number overflows
     return int(text)
 
@@ -615,8 +616,8 @@ def recognize_fields(raw: dict[str, Any]) -> dict[str, Any]:
     underscores, hyphens and spaces. If a field occurs in several spellings, only one of them gets
     the protocol's name: the one that already has it, or else the first. The rest keep their keys.
     If the value under the protocol's name is null, the next spelling takes the name, and the null
-    is dropped. In the order of the fields, a renamed field stands where such a null stood, or else
-    at the end.
+    is dropped. A renamed field moves to the end, unless it replaces such a null; then it takes the
+    position of the null.
     """
     other_keys = [key for key in raw if key not in FIELD_CHECKS]
     for key in other_keys:
@@ -638,7 +639,7 @@ class CallType(NamedTuple):
     """What one type of call passes to its handler, and which field it must have."""
 
     # The fields that the handler receives, in this order, followed by the Call itself. A field that
-    # only some types have here is ignored in calls of the other types.
+    # is listed for some types, but not for this one, is ignored.
     arguments: tuple[str, ...]
 
     # A field that must be present and not empty, or "" if there is none. In addition, every call
@@ -737,7 +738,7 @@ class Call:
     timestamp: str = ""  # the best estimate of when it happened; order calls by this
     sent_at: str | None = None  # when the website, app or server sent it to Segment
     received_at: str | None = None  # when Segment received it
-    original_timestamp: str | None = None  # when it happened, by the clock of that website or app
+    original_timestamp: str | None = None  # when it happened, by the clock of where it happened
     version: Any = None  # of the Segment Spec
 
     customer: str  # the one whose API key was used
@@ -775,10 +776,9 @@ def parse_call(
     original_timestamp, or else the sent_at, or else the current time; a missing message_id is
     replaced by a random one.
 
-    A field that is null counts as missing. Fields that this type of call does not use are ignored,
-    and so are invalid fields that are in IGNORED_IF_INVALID. Raises Refusal 400 if any other field
-    is invalid, or if a required one is missing. The message reports one fault only: the first
-    invalid field in `raw`, or else what is missing.
+    The docstring of Call says which fields count as missing, and which are ignored. Raises Refusal
+    400 if any other field is invalid, or if a required one is missing. The message reports one
+    fault only: the first invalid field in `raw`, or else what is missing.
     """
     call = Call(raw["type"], raw, customer, settings, size)
     checks = CHECKS_BY_TYPE[call.type]
@@ -855,8 +855,8 @@ def accept_anything(value: Any) -> Any:
 
 
 # A date such as 2026-01-15, optionally followed by a time, which may in turn be followed by a zone.
-# These are the common forms of ISO 8601; a space may replace the T. Without this check, the result
-# would depend on Python's version, because newer versions parse more forms.
+# These are the common forms of ISO 8601; a space may replace the T. `datetime.fromisoformat` alone
+# would not do, because newer versions of Python accept more forms.
 ISO_8601 = re.compile(
     r"""
     \d{4}-\d\d-\d\d
@@ -920,7 +920,7 @@ FIELD_CHECKS: dict[str, Callable[[Any], Any]] = {
 IGNORED_IF_INVALID = {"context", "sent_at", "received_at", "original_timestamp"}
 FIELD_BY_SQUASHED_NAME = {squash(name): name for name in FIELD_CHECKS}
 
-# Fields that only some types use.
+# Fields that only some types use. Every type uses user_id, although that is an argument, too.
 TYPE_SPECIFIC = {name for spec in CALL_TYPES.values() for name in spec.arguments} - {"user_id"}
 
 # For each type of call, the checks of the fields that it uses.
@@ -953,14 +953,14 @@ def dispatch(handler: Callable[..., Any], call: Call) -> int:
 
 # ---- Speed ---------------------------------------------------------------------------------------
 #
-# Most requests have one of a few API keys, and their JSON objects have the same few hundred names.
-# This section caches what is computed from either. Deleting it would not change any reply.
+# Most requests use one of a few API keys, and the keys in their JSON objects come from the same few
+# hundred. This section caches what is computed from both. Deleting it would not change any reply.
 #
 # It replaces `key_digest` and `snake_case` with cached versions, and `snake_keys` with a version
-# that returns an object as it is if all its keys are known to be in snake_case. These take no
-# keyword arguments, so the parameters of the three functions are positional-only (`/`). Functions
-# that call them by name need no change, because Python looks up the name each time. But `DECODER`
-# is made again, because the first one holds the old `snake_keys`.
+# that returns an object as it is if all its keys are known to be in snake_case. The replacements
+# accept only positional arguments; to keep the signatures the same, the originals do so, too (`/`).
+# Functions that call them by name need no change, because Python looks up the name each time. But
+# `DECODER` is made again, because the first one holds the old `snake_keys`.
 
 MAX_CACHED_LENGTH = 100  # characters; longer texts could fill the memory
 MAX_CACHED_TEXTS = 4096
@@ -993,12 +993,12 @@ key_digest = ShortTextCache(key_digest).__getitem__
 snake_case = ShortTextCache(snake_case).__getitem__
 
 
-def skip_if_known_snake_case(
+def with_known_keys(
     convert: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Wrap `snake_keys`, so that it is skipped if all keys of an object are known to be converted.
+    """Return a version of `snake_keys` that skips objects whose keys are all known.
 
-    A key in snake_case becomes known the first time it is seen, unless it is too long.
+    A key that is already in snake_case becomes known when it is first seen, unless it is too long.
     """
     known_snake_case: set[str] = set()
 
@@ -1015,7 +1015,7 @@ def skip_if_known_snake_case(
     return convert_if_needed
 
 
-snake_keys = skip_if_known_snake_case(snake_keys)
+snake_keys = with_known_keys(snake_keys)
 DECODER = make_decoder(snake_keys)
 
 
@@ -1173,7 +1173,7 @@ class GroupCommit(Destination):
             self._writer.join(STORE_TIMEOUT)
 
     def _run(self) -> None:
-        """Run the writer: write batches until `close` is called and no calls wait; then disconnect.
+        """Run the writer until `close` is called and no calls are waiting; then disconnect.
 
         Sets `failed` if the writer ends before `close` is called.
         """
@@ -1290,9 +1290,9 @@ def merged_traits(condition: str) -> str:
         from calls as c, json_each(c.call, '$.traits') as trait
         where {condition}
             and trait.key is not null -- if `traits` is null, json_each gives a row without a key
-            -- Leave out names that contain NUL, which fullkey escapes as \u0000. It escapes a
-            -- backslash as \\, so a name with the six characters \u0000 in it appears as \\u0000.
-            -- Removing each \\ keeps such a name from being mistaken for one with NUL.
+            -- Leave out names that contain NUL. fullkey writes NUL as \u0000, and a backslash as
+            -- \\. So a name that contains the six characters \u0000 appears as \\u0000, and would
+            -- match, too. Removing each \\ first prevents that.
             and instr(replace(trait.fullkey, '\\', ''), '\u0000') = 0
     )
     select json_group_object(name, json(value)) from (
@@ -1307,7 +1307,7 @@ def merged_traits(condition: str) -> str:
 USER_TRAITS = merged_traits(
     "c.user_id = owner.user_id and c.customer = owner.customer and c.type = 'identify'"
 )
-# In this condition, the column `call` in GROUP_ID is that of `c`.
+# GROUP_ID does not say which `call` it means; in this condition, it is c.call.
 ACCOUNT_TRAITS = merged_traits(
     f"{GROUP_ID} = owner.group_id and c.customer = owner.customer and c.type = 'group'"
 )
@@ -1335,7 +1335,7 @@ create table calls (
     user_id text,
     anonymous_id text,
     timestamp text not null, -- when the call happened, see Call.timestamp
-    received_at text not null, -- when it was stored here, unlike the received_at in the JSON
+    received_at text not null, -- when it was stored here (received_at in the JSON is Segment's)
     call text not null, -- the call as JSON, with its keys in snake_case
     primary key (customer, message_id)
 );
@@ -1410,8 +1410,9 @@ STORED_FIELDS_OF_DELETE = [
 
 # ---- The default destination ---------------------------------------------------------------------
 
-# Seconds to wait for another program that has locked the database. A call can sit through two such
-# waits, that of the batch before it and its own, so this must be less than half of STORE_TIMEOUT.
+# Seconds to wait for another program that has locked the database. Two such waits may hold up a
+# call, one for the batch before it and one for its own batch, so this must be less than half of
+# STORE_TIMEOUT.
 LOCK_TIMEOUT = 2.0
 
 # Once the write-ahead log (WAL) has this many pages of 4 KiB, SQLite copies it into the database.
@@ -1452,9 +1453,9 @@ class Store(GroupCommit):
     """The default destination: calls become rows in an SQLite database.
 
     A row is synced to disk before its call is acknowledged. A duplicate is acknowledged, but not
-    stored. A delete removes the user's calls up to and including its timestamp, or up to the
-    current time if its timestamp is in the future. If a call from that period arrives after the
-    delete, it is acknowledged, but not stored.
+    stored. A delete removes the user's calls whose timestamps are not later than its own, or not
+    later than the current time if its own is in the future. Such a call that arrives only after the
+    delete is acknowledged, but not stored.
     """
 
     def __init__(self, path: str | os.PathLike[str] = "calls.db") -> None:
@@ -1513,11 +1514,11 @@ class Store(GroupCommit):
         return Outcome.duplicate if known else Outcome.forgotten
 
     def _truncate_wal(self) -> None:
-        """Remove deleted data from the WAL, unless a reader still uses it.
+        """Remove deleted data from the WAL, unless a reader is still using it.
 
         Waiting for the reader would hold up calls. Instead, `write` tries again after every batch.
-        If no other batch follows, the WAL is removed when the last program closes the database, or
-        truncated after the first batch of the next run.
+        If no further batch follows, SQLite removes the WAL when the last program that has opened
+        the database closes it. Failing that, the first batch of the next run truncates it.
         """
         with contextlib.suppress(sqlite3.Error):
             self._db.execute("pragma busy_timeout = 0")
@@ -1801,13 +1802,13 @@ def origin_form(target: str) -> str:
 
 # ---- Speed ---------------------------------------------------------------------------------------
 #
-# The heads that a sender sends with one API key usually differ only in their Content-Length. So
-# this section caches the heads that were parsed last, with that number replaced by 0. A hit saves
-# more than half of the time it takes to parse a head. Deleting this section would not change any
-# reply. Requests share the cached headers, so do not modify them.
+# Requests that a sender makes with one API key usually have heads that differ only in their
+# Content-Length. So this section caches recently parsed heads, under their text with that number
+# replaced by 0. A hit saves more than half of the time it takes to parse a head. Deleting this
+# section would not change any reply. Requests share the cached headers, so do not modify them.
 
 MAX_CACHED_HEADS = 1024
-MAX_CACHED_HEAD = 2000  # bytes
+MAX_CACHED_HEAD_LENGTH = 2000  # bytes
 
 
 def with_head_cache(parse: Callable[[str], Head]) -> Callable[[str], Head]:
@@ -1821,7 +1822,7 @@ def with_head_cache(parse: Callable[[str], Head]) -> Callable[[str], Head]:
         # Cache only a head that is short, to limit the memory, and that has the Content-Length in
         # the usual form, with at most nine digits.
         if (
-            len(head) > MAX_CACHED_HEAD
+            len(head) > MAX_CACHED_HEAD_LENGTH
             or len(digits) > 9
             or not (digits.isascii() and digits.isdigit())
         ):
@@ -1838,7 +1839,7 @@ parse_head = with_head_cache(parse_head)
 # ---- One connection ------------------------------------------------------------------------------
 
 RECEIVE_SIZE = 16_384  # bytes; a TLS record holds at most this many
-LINGER = 2.0  # seconds that a last reply may take after `hang_up`, and that `drain` keeps reading
+LINGER = 2.0  # seconds: the time for a last reply after `hang_up`, and for reading in `drain`
 PLAIN_HTTP = re.compile(rb"[A-Z]+ ")  # how most plain HTTP begins, and TLS never does
 REASON_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
@@ -1942,7 +1943,7 @@ class Connection(BaseRequestHandler):
         started = time.monotonic()
         reply = self.make_reply()
         if self.evicted and not self.has_received_head:
-            return  # its first head was incomplete: a stalled client needs no reply or log line
+            return  # a client that stalls in its first head gets no reply and no log line
 
         self.server.log_request(reply, time.monotonic() - started)
         self.close_connection = self.close_connection or self.must_close(reply)
@@ -2003,7 +2004,7 @@ class Connection(BaseRequestHandler):
     def read_head(self) -> str:
         """Return the head of a request.
 
-        Until it is complete, what has arrived is checked by `check_partial_head`. Raises Refusal if
+        Until the head is complete, `check_partial_head` checks what has arrived. Raises Refusal if
         this check fails, if the head is too long, or if it does not arrive.
         """
         resume_at = 0  # where the search for the end of the head resumes
@@ -2062,7 +2063,7 @@ class Connection(BaseRequestHandler):
         if self.server.stopping:
             raise Refusal(503, "Shutting down")
         if self.evicted:
-            raise Refusal(503, "Too many connections")
+            raise Refusal(503, "Too many connections")  # not sent before a head has arrived
         if self.hung_up:
             seconds = self.server.options.timeout
             raise Refusal(408, f"{label} did not arrive within {seconds:g} seconds")
@@ -2087,8 +2088,8 @@ class Connection(BaseRequestHandler):
         """Let the client read the last reply before the connection closes.
 
         Closing with unread input sends a reset, which could destroy the reply before the client has
-        read it. So shut down the sending side, and read until the client closes, too. This takes at
-        most twice as long as LINGER: no read begins after LINGER, and none takes longer.
+        read it. So shut down the sending side, and read until the client closes, too. No read
+        starts later than LINGER seconds in, and each times out after LINGER seconds.
         """
         end = time.monotonic() + LINGER
         self.deadline = math.inf  # this method ends by itself
@@ -2122,9 +2123,9 @@ class Connection(BaseRequestHandler):
         """Make the thread of this connection end. Called by other threads, and by `setup`.
 
         The first call shuts down reading, which wakes up the thread. That thread then has LINGER
-        seconds for a last reply. After that, the accept thread makes a second call, which shuts
-        down writing, too; `stop` does not. Both calls bypass TLS, because two threads must not use
-        the TLS object at the same time.
+        seconds for a last reply. If it is not done then, the accept thread calls this again, which
+        shuts down writing as well. (`stop` makes only the first call.) Both calls bypass TLS,
+        because two threads must not use the TLS object at the same time.
         """
         how = socket.SHUT_RDWR if self.hung_up else socket.SHUT_RD
         self.hung_up = True
@@ -2139,7 +2140,7 @@ def check_partial_head(buffer: bytearray, resume_at: int) -> None:
     A client that ends its lines with bare line feeds never sends the end of a head, so it must be
     told early. The search for line feeds starts at `resume_at`; earlier bytes were searched before.
     """
-    if BARE_LF.search(buffer, resume_at):
+    if BARE_LF.search(buffer, resume_at):  # also sees whether a CR precedes `resume_at`
         raise Refusal(400, "Malformed line; every line must end in CR LF")
     if len(buffer) > MAX_HEAD + 3:  # the last 3 bytes may begin CR LF CR LF
         raise Refusal(431, f"Request head must be at most {MAX_HEAD} bytes long")
@@ -2308,7 +2309,7 @@ def optional_member(entry: Mapping[str, Any], name: str, parse: Callable[[Any], 
 
 
 def parse_call_types(names: Any) -> frozenset[str]:
-    """Return the types of call in an array as a set.
+    """Convert an array of types of call to a set.
 
     Raises ValueError. Its message lacks a subject; the caller puts the name of the member first, as
     in "calls must be an array".
@@ -2336,8 +2337,8 @@ class LogBuffer(logging.Handler):
     lines are dropped at once.
 
     The server logs requests with `write`, because a logging record for each request would halve the
-    number of calls per second. Other messages go to the logger `receiver`. `run` makes this a
-    handler of that logger; a program that calls `serve` chooses the logger's handlers itself.
+    number of calls per second. Other messages go through the logger `receiver`. `run` attaches the
+    LogBuffer to it as a handler; a program that calls `serve` attaches handlers of its choice.
     """
 
     def __init__(self) -> None:
@@ -2352,7 +2353,7 @@ class LogBuffer(logging.Handler):
         # Standard error may be closed, or may have been replaced by something that is not a file.
         with contextlib.suppress(AttributeError, OSError, ValueError):
             # Unbuffered, because a buffered stream, such as sys.stderr, keeps text that it failed
-            # to write, and writes it again later.
+            # to write, and tries again later.
             self._stream = open(os.dup(sys.stderr.fileno()), "wb", buffering=0)  # noqa: SIM115
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
@@ -2378,7 +2379,7 @@ class LogBuffer(logging.Handler):
         super().close()
 
     def _run(self) -> None:
-        """Write out the buffer every LOG_INTERVAL, and after `close` once more."""
+        """Write out the buffer every LOG_INTERVAL, and once more after `close`."""
         while not self._closing.wait(LOG_INTERVAL):
             self._write_out()
         self._write_out()
@@ -2388,7 +2389,7 @@ class LogBuffer(logging.Handler):
     def _write_out(self) -> None:
         """Write out and empty the buffer, and then say how many lines were dropped.
 
-        Lines that cannot be written count as dropped, and are mentioned by a later notice.
+        Lines that cannot be written count as dropped, and are included in a later notice.
         """
         with self._guard:
             lines = "".join(self._texts)
@@ -2401,8 +2402,10 @@ class LogBuffer(logging.Handler):
         dropped += unwritten.count(b"\n")
         if not dropped:
             return
+        # After a failed write, do not even try to write the notice.
         notice = f"{utc_now()} Log lines dropped: {dropped}\n"
-        if unwritten or self._write_to_stream(notice):  # the notice could not be written, either
+        notice_failed = bool(unwritten) or bool(self._write_to_stream(notice))
+        if notice_failed:
             with self._guard:
                 self._dropped += dropped  # for a later notice
 
@@ -2428,7 +2431,7 @@ class LogBuffer(logging.Handler):
 
 
 def log_entry(reply: Reply, seconds: float, verbose: bool) -> str:
-    """Return the log entry for a request, to which the caller adds the time of day.
+    """Return the log entry for a request, without the timestamp, which the caller puts in front.
 
     The first line has the status, the type of call, the customer, the user, the event or name, the
     outcome (unless it is `stored`), how long the request took, and the message of an error reply:
@@ -2436,8 +2439,8 @@ def log_entry(reply: Reply, seconds: float, verbose: bool) -> str:
         200 track demo u1 'Signed Up' duplicate 0.6 ms
         400 track demo u1 - 0.2 ms Missing event
 
-    Below it, indented, follow the traceback of an internal error, and with `verbose` the content of
-    the call. Everything from outside is escaped, so that it cannot forge lines.
+    The traceback of an internal error and, with `verbose`, the content of the call follow on
+    indented lines. Everything from outside is escaped, so that it cannot forge lines.
     """
     raw = reply.raw  # empty if the body was not parsed; its values may be of any type
     user = raw.get("user_id")
@@ -2509,9 +2512,9 @@ def json_or_repr(value: object) -> str:
 #   Server.tls_context           accept thread               connection threads, once each
 #   Server.reload_requested      main and accept thread      accept thread
 #   Server.stopping              stop()                      stop(), accept and connection threads
-#   Server.on_failure            main thread                 accept thread: if it fails before the
-#                                                            main thread has set this, the main
-#                                                            thread finds Server.failed set
+#   Server.on_failure            main thread                 accept thread: if it fails before this
+#                                                            is set, it calls nothing, but the main
+#                                                            thread then checks Server.failed
 #   Server.failed                accept thread               main thread
 #   Destination.failed           writer of a GroupCommit     accept and connection threads
 #   Keyring.keys                 accept thread               accept and main thread
@@ -2530,7 +2533,7 @@ def json_or_repr(value: object) -> str:
 #
 # GroupCommit and LogBuffer have locks, and `connection_slots` is a semaphore.
 
-NEWCOMER_AGE = 1.0  # seconds; a younger connection that has not sent a head is not evicted
+MIN_EVICTION_AGE = 1.0  # seconds that a new connection has for its head before it may be evicted
 SHUTDOWN_GRACE = 2.0  # seconds for requests in flight
 REPLY_GRACE = 0.5  # seconds for the last replies after that
 
@@ -2754,10 +2757,10 @@ class Server(ThreadingTCPServer):
     def stop(self) -> None:
         """Stop accepting connections, finish the requests in flight, and close the destination.
 
-        Idle connections end at once. So do those whose first head is incomplete, with a 503 if a
-        part of it has arrived. After SHUTDOWN_GRACE, any request that is still incomplete is
-        answered with 503. After a further REPLY_GRACE, the destination is closed even if
-        handlers are still running. Further calls of this method do nothing.
+        Idle connections end at once. So do those whose first head is incomplete; if part of it has
+        arrived, they are answered with 503. After SHUTDOWN_GRACE, any request that is still
+        incomplete is answered with 503. After a further REPLY_GRACE, the destination is closed even
+        if handlers are still running. Further calls of this method do nothing.
         """
         if self.stopping:
             return
@@ -2793,7 +2796,7 @@ def least_useful(connections: list[Connection], now: float) -> Connection | None
     """Return the connection to evict, or None.
 
     It is the one that has been idle longest. If none is idle, it is the oldest of those that have
-    not sent a complete head, unless even that one is younger than NEWCOMER_AGE.
+    not sent a complete head, unless even that one is younger than MIN_EVICTION_AGE.
     """
     idle: list[tuple[float, Connection]] = []
     without_head: list[tuple[float, Connection]] = []
@@ -2803,7 +2806,7 @@ def least_useful(connections: list[Connection], now: float) -> Connection | None
             continue
         if idle_since is not None:
             idle.append((idle_since, connection))
-        elif not connection.has_received_head and now - connection.accepted_at > NEWCOMER_AGE:
+        elif not connection.has_received_head and now - connection.accepted_at > MIN_EVICTION_AGE:
             without_head.append((connection.accepted_at, connection))
     oldest = min(idle or without_head, key=lambda candidate: candidate[0], default=None)
     return oldest[1] if oldest else None
@@ -2917,7 +2920,7 @@ def project_file(name: str) -> str:
     it is absolute.
     """
     path = Path(__file__).resolve().parent / name
-    with contextlib.suppress(ValueError, OSError):
+    with contextlib.suppress(ValueError, OSError):  # not below it, or it has been deleted
         return str(path.relative_to(Path.cwd()))
     return str(path)
 
@@ -2939,7 +2942,6 @@ def make_parser(destination: Destination | None) -> Parser:
             f"Receive Segment's calls over HTTPS, and pass them to {type(destination).__name__}."
         )
     parser = Parser(description=description, allow_abbrev=False)
-    default_keys = project_file(DEMO_KEYS_FILE).replace("%", "%%")  # for argparse's formatting
     add = parser.add_argument
     add(
         "--bind",
@@ -2979,11 +2981,12 @@ def make_parser(destination: Destination | None) -> Parser:
     )
     # The default is filled in later, by with_default_keys. If it were given here, --add-key without
     # --api-keys would add to the demo keys.
+    default_keys_path = project_file(DEMO_KEYS_FILE).replace("%", "%%")  # argparse expands %
     add(
         "--api-keys",
         metavar="FILE",
         help="JSON file with the digests of the API keys, read again when it changes"
-        f" (default: {default_keys})",
+        f" (default: {default_keys_path})",
     )
     if destination is None:
         add(
@@ -3051,7 +3054,7 @@ def add_command_options(parser: Parser) -> None:
         "--expires",
         metavar="DATE",
         type=parse_expires_option,
-        help="with --add-key: date or time of the key's expiry, for example 2027-01-01 or"
+        help="with --add-key: when the key expires, for example 2027-01-01 (at 00:00 UTC) or"
         " 2027-01-01T18:00Z (default: never)",
     )
     add("--version", action="version", version=f"%(prog)s {__version__}")
@@ -3062,11 +3065,11 @@ def options_from_keywords(
 ) -> argparse.Namespace:
     """Parse keyword arguments as though they were options on the command line.
 
-    None stands for an option that was not given. An option without a value, such as `quiet`, is
-    True or False. Raises ConfigurationError.
+    None stands for an option that was not given. An option that takes no value on the command line,
+    such as --quiet, is given as True or False. Raises ConfigurationError.
     """
     parser = make_parser(destination)
-    defaults = vars(parser.parse_args([]))  # of all options
+    defaults = vars(parser.parse_args([]))  # maps the name of each option to its default
     words = []
     for name, value in keywords.items():
         if name not in defaults:
@@ -3122,7 +3125,7 @@ def parse_endpoint_path(text: str) -> str:
     Raises ArgumentTypeError if it cannot be the path of a request, or if it is HEALTH_PATH.
     """
     if not re.fullmatch(r"/[!-~]*", text) or "?" in text or "#" in text:
-        rule = "must start with a slash, and contain only visible ASCII characters, without ? or #"
+        rule = "must start with a slash and contain only visible ASCII characters except ? and #"
         raise argparse.ArgumentTypeError(f"{short_repr(text)} {rule}")
     if text == HEALTH_PATH:
         message = f"must not be {HEALTH_PATH}, which is the path of the health check"
@@ -3157,11 +3160,12 @@ FORCED_EXIT_AFTER = 9.5  # seconds; service managers wait for at least 10 before
 
 
 def run(destination: Destination | None, options: argparse.Namespace) -> int:
-    """Serve until SIGTERM or SIGINT. Return the exit status: 1 if the server has failed, or 0.
+    """Serve until SIGTERM or SIGINT.
 
     Without a destination, calls are stored in `options.database`. On SIGHUP, the server reads the
-    keys and the certificate again; on SIGUSR1, it starts or ends maintenance. Raises
-    ConfigurationError if an option, or a file that it names, cannot be used.
+    certificate again, and also the keys, even if their file has not changed. On SIGUSR1, it starts
+    or ends maintenance. Returns the exit status, which is 1 if the server has failed, and otherwise
+    0. Raises ConfigurationError if an option, or a file that it names, cannot be used.
     """
     # Block the signals here and in all threads that start later, so that only sigwait gets them.
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
@@ -3169,7 +3173,7 @@ def run(destination: Destination | None, options: argparse.Namespace) -> int:
     raise_file_limit(options.max_connections)
     avoid_preemption()
     server = Server(destination, options)
-    # Send other messages to the request log, too, and nowhere else.
+    # Write the messages of the logger to the same log as the requests, and only there.
     log.addHandler(server.log_buffer)
     log.propagate = False
     try:
@@ -3274,18 +3278,18 @@ def startup_hint(server: Server) -> str:
     sample_path = find_sample_call(server.endpoint.destination)
     if sample_path:
         lines += ["Send a call from another terminal:", f"    {curl_command(server, sample_path)}"]
-    if hasattr(options, "database"):  # if so, the destination is the default one
+    if hasattr(options, "database"):  # the option exists only if no destination was given
         query = "select received_at, type, user_id from calls order by rowid desc limit 9"
         lines.append(f"Calls are stored in {options.database}. Show the latest:")
         lines.append("    " + shlex.join(["sqlite3", options.database, query]))
     else:
         lines.append(f"Calls go to {type(server.endpoint.destination).__name__}.")
-    if not DEMO_DIGESTS.isdisjoint(server.keyring.keys):
-        lines.append(
-            f"Warning: {options.api_keys} contains demo keys, which are public. Make your own:"
-        )
+    has_demo_key = not DEMO_DIGESTS.isdisjoint(server.keyring.keys)
+    if has_demo_key:
+        lines.append(f"Warning: {options.api_keys} contains demo keys, which are public.")
+        lines.append("Make a key of your own, in a new file:")
         lines.append(f"    python3 {shlex.quote(sys.argv[0])} --add-key CUSTOMER --api-keys FILE")
-        lines.append("Then restart with --api-keys FILE.")
+        lines.append("Then restart with --api-keys and that file.")
     return "\n".join(lines) + "\n\n"
 
 
@@ -3313,9 +3317,9 @@ def curl_command(server: Server, sample_path: str) -> str:
 def add_key(options: argparse.Namespace) -> None:
     """Make an API key, add its digest to the keys file, and print the key.
 
-    The key itself is not stored. It is all that is printed to standard output; a note goes to
-    standard error. Raises ConfigurationError if an option or the keys file cannot be used. It is
-    also raised if the key cannot be printed; the keys file has then been changed already.
+    The key itself is not stored. Standard output gets the key and nothing else; a note goes to
+    standard error. Raises ConfigurationError if an option or the keys file cannot be used, or if
+    the key cannot be printed. In the last case, its entry is already in the file.
     """
     path = options.api_keys
     if not path:
@@ -3342,7 +3346,7 @@ def add_key(options: argparse.Namespace) -> None:
         reason = f"the key could not be printed ({error.strerror})"
         raise ConfigurationError(f"{reason}; remove its entry, the last one in {path}") from None
     added = f"Added the digest of a key for {options.add_key} to {path}."
-    print(f"{added} The key itself is not stored, so keep it now.", file=sys.stderr)
+    print(f"{added} The key itself is not stored, so save it now.", file=sys.stderr)
 
 
 def append_entry(path: str, entry: Mapping[str, Any]) -> None:
