@@ -1826,6 +1826,12 @@ def test_the_time_limits_fit_into_the_five_seconds_that_the_sender_waits() -> No
     assert 2 * receiver.LOCK_TIMEOUT < receiver.STORE_TIMEOUT < 5
 
 
+def test_a_graceful_shutdown_has_enough_time_before_the_exit_is_forced() -> None:
+    connections = receiver.SHUTDOWN_GRACE + receiver.REPLY_GRACE
+    log = 1  # second
+    assert connections + receiver.STORE_TIMEOUT + log < receiver.FORCED_EXIT_AFTER
+
+
 def send_and_expect_a_prompt_reply(
     destination: receiver.Destination, message_id: str, **fields: Any
 ) -> int:
@@ -2615,6 +2621,20 @@ def test_calls_that_wait_together_share_one_transaction(
     replies = save_twelve_calls(store, pool, statements)
     assert {reply.status for reply in replies} == {200}
     assert [text.lower() for text in statements].count("commit") == 2
+
+
+def test_a_call_waits_for_a_lock_even_after_the_wal_was_truncated(
+    store: FileStore, pool: ThreadPoolExecutor
+) -> None:
+    assert store.save().status == 200  # the first batch truncates the WAL
+    statements: list[str] = []
+    store._db.set_trace_callback(statements.append)
+    with locked(store.path):
+        reply = pool.submit(store.save)
+        wait_until(lambda: "begin immediate" in statements)
+        with pytest.raises(TimeoutError):
+            reply.result(timeout=0.2)
+    assert reply.result().status == 200
 
 
 def test_a_call_that_the_database_rejects_fails_alone(
