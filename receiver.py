@@ -101,7 +101,7 @@ __version__ = "2.0"
 # Part 1. The protocol
 #
 # This part decides how each request is answered. It opens no sockets or files, and
-# starts no threads. It is given functions that return the body and the time.
+# starts no threads. Its callers pass in functions that read the body and tell the time.
 #
 # To implement the protocol in another language, translate this part, together with `parse_head`
 # from Part 3 and the functions that it calls. Then test the result with the requests in
@@ -264,7 +264,8 @@ def error_reply(error: Exception) -> Reply:
     # object's traceback would grow, and keep one more call in memory.
     error.__traceback__ = None
     headers = {**STATUS_HEADERS.get(refusal.status, {}), **refusal.headers}
-    return Reply(int(refusal.status), {"message": refusal.message}, headers)
+    status = int(refusal.status)  # it may be an HTTPStatus
+    return Reply(status, {"message": refusal.message}, headers)
 
 
 # ---- Rungs 2 to 4: the path, the method, maintenance ---------------------------------------------
@@ -505,10 +506,10 @@ def parse_json(data: bytes, label: str) -> Any:
     return value
 
 
-# Matches a part of a JSON text that does not affect the nesting depth: a whole string, including
-# any brackets inside it (its closing quotation mark may be missing), or a run of characters other
-# than brackets and quotation marks. The possessive quantifiers never backtrack, so even invalid
-# JSON takes only linear time.
+# Matches a part of a JSON text that does not affect the nesting depth: a string with everything in
+# it, even brackets, and even if it is never closed; or a run of characters other than brackets and
+# quotation marks. The possessive quantifiers never backtrack, so even invalid JSON takes only
+# linear time.
 NOT_NESTING = re.compile(r'"(?:[^"\\]|\\.)*+"?|[^\[\]{}"]++', re.DOTALL)
 
 
@@ -612,13 +613,15 @@ DECODER = make_decoder(snake_keys)
 def recognize_fields(raw: dict[str, Any]) -> dict[str, Any]:
     """Rename the fields of a call to the protocol's names, in place, and return the call.
 
-    This finds the spellings that `snake_keys` leaves, such as `userid`, by ignoring case,
-    underscores, hyphens and spaces. If a field occurs in several spellings, only one of them gets
-    the protocol's name: the one that already has it, or else the first. The rest keep their keys.
-    If the value under the protocol's name is null, the next spelling takes the name, and the null
-    is dropped. A renamed field moves to the end, unless it replaces such a null; then it takes the
-    position of the null.
+    `snake_keys` does not change spellings such as `userid`. They are recognized by ignoring case,
+    underscores, hyphens and spaces.
+
+    If a field occurs in several spellings, the first one whose value is not null gets the
+    protocol's name, where the protocol's own spelling counts as the first. The spellings after it
+    keep their keys, and a null before it is dropped. A renamed field moves to the end, or takes the
+    position of the null that it replaces.
     """
+    # The keys of FIELD_CHECKS, below, are the protocol's names of all fields.
     other_keys = [key for key in raw if key not in FIELD_CHECKS]
     for key in other_keys:
         name = FIELD_BY_SQUASHED_NAME.get(squash(key))
@@ -738,7 +741,7 @@ class Call:
     timestamp: str = ""  # the best estimate of when it happened; order calls by this
     sent_at: str | None = None  # when the website, app or server sent it to Segment
     received_at: str | None = None  # when Segment received it
-    original_timestamp: str | None = None  # when it happened, by the clock of where it happened
+    original_timestamp: str | None = None  # when it happened, by the clock of the device or server
     version: Any = None  # of the Segment Spec
 
     customer: str  # the one whose API key was used
@@ -882,12 +885,13 @@ def parse_time(value: Any) -> str:
     message = "must be an ISO 8601 time"
     if not isinstance(value, str):
         raise ValueError(message)
-    is_utc_already = UTC_TIME.fullmatch(value)
-    if not is_utc_already and not ISO_8601.fullmatch(value):
+    needs_no_change = UTC_TIME.fullmatch(value)
+    if not needs_no_change and not ISO_8601.fullmatch(value):
         raise ValueError(message)
     try:
-        moment = datetime.fromisoformat(value.upper())  # refuses dates such as 2026-02-30
-        if is_utc_already:
+        # This also refuses dates such as 2026-02-30, in either form.
+        moment = datetime.fromisoformat(value.upper())
+        if needs_no_change:
             return value
         if moment.tzinfo is not None:
             moment = moment.astimezone(UTC)
@@ -920,15 +924,17 @@ FIELD_CHECKS: dict[str, Callable[[Any], Any]] = {
 IGNORED_IF_INVALID = {"context", "sent_at", "received_at", "original_timestamp"}
 FIELD_BY_SQUASHED_NAME = {squash(name): name for name in FIELD_CHECKS}
 
-# Fields that only some types use. Every type uses user_id, although that is an argument, too.
-TYPE_SPECIFIC = {name for spec in CALL_TYPES.values() for name in spec.arguments} - {"user_id"}
+# Fields that only some types use: all arguments of handlers except user_id, which every type uses.
+TYPE_SPECIFIC_FIELDS = {name for spec in CALL_TYPES.values() for name in spec.arguments} - {
+    "user_id"
+}
 
 # For each type of call, the checks of the fields that it uses.
 CHECKS_BY_TYPE = {
     call_type: {
         name: check
         for name, check in FIELD_CHECKS.items()
-        if name not in TYPE_SPECIFIC or name in spec.arguments
+        if name not in TYPE_SPECIFIC_FIELDS or name in spec.arguments
     }
     for call_type, spec in CALL_TYPES.items()
 }
@@ -959,8 +965,8 @@ def dispatch(handler: Callable[..., Any], call: Call) -> int:
 # It replaces `key_digest` and `snake_case` with cached versions, and `snake_keys` with a version
 # that returns an object as it is if all its keys are known to be in snake_case. The replacements
 # accept only positional arguments; to keep the signatures the same, the originals do so, too (`/`).
-# Functions that call them by name need no change, because Python looks up the name each time. But
-# `DECODER` is made again, because the first one holds the old `snake_keys`.
+# Their callers need no change, because Python looks up a global name at each call. But `DECODER` is
+# made again, because the first one holds the old `snake_keys`.
 
 MAX_CACHED_LENGTH = 100  # characters; longer texts could fill the memory
 MAX_CACHED_TEXTS = 4096
@@ -993,12 +999,13 @@ key_digest = ShortTextCache(key_digest).__getitem__
 snake_case = ShortTextCache(snake_case).__getitem__
 
 
-def with_known_keys(
+def skip_if_snake_case(
     convert: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return a version of `snake_keys` that skips objects whose keys are all known.
+    """Return a version of `convert`, which is `snake_keys`, that does less.
 
-    A key that is already in snake_case becomes known when it is first seen, unless it is too long.
+    It returns an object as it is if all its keys are known to be in snake_case. Such a key becomes
+    known when it is first seen, unless it is too long.
     """
     known_snake_case: set[str] = set()
 
@@ -1015,7 +1022,7 @@ def with_known_keys(
     return convert_if_needed
 
 
-snake_keys = with_known_keys(snake_keys)
+snake_keys = skip_if_snake_case(snake_keys)
 DECODER = make_decoder(snake_keys)
 
 
@@ -1051,7 +1058,7 @@ class Outcome(StrEnum):
 
 
 class QueuedCall(NamedTuple):
-    """A call that waits for the writer, and the queue through which its result is returned."""
+    """A call that waits to be stored, and the queue through which its result is returned."""
 
     call: Call
     deadline: float  # monotonic time after which nobody waits for the result
@@ -1185,12 +1192,13 @@ class GroupCommit(Destination):
         except Exception:
             log.exception("The writer has ended with an error")
         finally:
-            self.failed = not self._closing
+            with self._changed:
+                self.failed = not self._closing
 
     def _write_next_batch(self) -> bool:
         """Wait for calls, and write those whose time has not run out.
 
-        Returns False if the queue is empty, which happens only after `close`. This is a separate
+        Returns False if no calls were waiting, which happens only after `close`. This is a separate
         method so that its variables, and with them the batch, are freed before the writer waits
         again.
         """
@@ -1221,7 +1229,9 @@ class GroupCommit(Destination):
             return [error] if len(batch) == 1 else self._write_one_by_one(batch)
         if len(outcomes) != len(batch):
             message = f"write returned {len(outcomes)} outcomes for {len(batch)} calls"
-            return [TypeError(message) for _ in batch]
+            return [
+                TypeError(message) for _ in batch
+            ]  # not one, because `submit` raises it as it is
         return outcomes
 
     def _write_one_by_one(self, batch: list[QueuedCall]) -> list[Outcome | Exception]:
@@ -1290,9 +1300,9 @@ def merged_traits(condition: str) -> str:
         from calls as c, json_each(c.call, '$.traits') as trait
         where {condition}
             and trait.key is not null -- if `traits` is null, json_each gives a row without a key
-            -- Leave out names that contain NUL. fullkey writes NUL as \u0000, and a backslash as
-            -- \\. So a name that contains the six characters \u0000 appears as \\u0000, and would
-            -- match, too. Removing each \\ first prevents that.
+            -- Leave out names that contain NUL, which fullkey writes as \u0000. It also doubles
+            -- each backslash, so a harmless name with a backslash before u0000 becomes \\u0000,
+            -- which contains \u0000. Removing every \\ first keeps that name from matching.
             and instr(replace(trait.fullkey, '\\', ''), '\u0000') = 0
     )
     select json_group_object(name, json(value)) from (
@@ -1307,7 +1317,7 @@ def merged_traits(condition: str) -> str:
 USER_TRAITS = merged_traits(
     "c.user_id = owner.user_id and c.customer = owner.customer and c.type = 'identify'"
 )
-# GROUP_ID does not say which `call` it means; in this condition, it is c.call.
+# GROUP_ID uses the column `call` without an alias; in this condition, that means c.call.
 ACCOUNT_TRAITS = merged_traits(
     f"{GROUP_ID} = owner.group_id and c.customer = owner.customer and c.type = 'group'"
 )
@@ -1427,8 +1437,8 @@ def call_row(call: Call) -> dict[str, str | None]:
     """Return the row that stores a call: a mapping from column names to values.
 
     For a `delete` call, only the type, the ids and the times are stored. If its timestamp is in the
-    future, the column `timestamp` has the current time instead, because calls that are made after
-    the delete, but before its timestamp, would otherwise not be stored.
+    future, the column `timestamp` gets the current time instead. Otherwise, the user's calls
+    between now and that timestamp would not be stored.
     """
     received_at = utc_now()
     timestamp = call.timestamp
@@ -1453,9 +1463,9 @@ class Store(GroupCommit):
     """The default destination: calls become rows in an SQLite database.
 
     A row is synced to disk before its call is acknowledged. A duplicate is acknowledged, but not
-    stored. A delete removes the user's calls whose timestamps are not later than its own, or not
-    later than the current time if its own is in the future. Such a call that arrives only after the
-    delete is acknowledged, but not stored.
+    stored. A delete takes effect as of its timestamp, or as of the current time if its timestamp is
+    in the future. It removes the user's calls up to and including that time. If a call from that
+    period arrives after the delete, it is acknowledged, but not stored.
     """
 
     def __init__(self, path: str | os.PathLike[str] = "calls.db") -> None:
@@ -1516,9 +1526,9 @@ class Store(GroupCommit):
     def _truncate_wal(self) -> None:
         """Remove deleted data from the WAL, unless a reader is still using it.
 
-        Waiting for the reader would hold up calls. Instead, `write` tries again after every batch.
-        If no further batch follows, SQLite removes the WAL when the last program that has opened
-        the database closes it. Failing that, the first batch of the next run truncates it.
+        Waiting for the reader would hold up calls. Instead, `write` tries again after each batch
+        until this succeeds. If no further batch follows, SQLite removes the WAL when the last
+        connection to the database is closed, or else the first batch of the next run truncates it.
         """
         with contextlib.suppress(sqlite3.Error):
             self._db.execute("pragma busy_timeout = 0")
@@ -1672,7 +1682,7 @@ def utc_now() -> str:
 
 # The errno values for a shortage of resources, in this process or in the system. It may be
 # temporary, so it is always worth trying again.
-OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+SHORTAGE_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 # ---- Rung 1: the head of a request ---------------------------------------------------------------
 #
@@ -1943,7 +1953,7 @@ class Connection(BaseRequestHandler):
         started = time.monotonic()
         reply = self.make_reply()
         if self.evicted and not self.has_received_head:
-            return  # a client that stalls in its first head gets no reply and no log line
+            return  # evicted before its first head was complete: no reply and no log line
 
         self.server.log_request(reply, time.monotonic() - started)
         self.close_connection = self.close_connection or self.must_close(reply)
@@ -2010,7 +2020,8 @@ class Connection(BaseRequestHandler):
         resume_at = 0  # where the search for the end of the head resumes
         while (end := self.buffer.find(b"\r\n\r\n", resume_at)) < 0:
             check_partial_head(self.buffer, resume_at)
-            resume_at = max(0, len(self.buffer) - 3)  # the last 3 bytes may begin CR LF CR LF
+            # The last 3 bytes may be the start of CR LF CR LF.
+            resume_at = max(0, len(self.buffer) - 3)
             self.receive("Request head")
         if end > MAX_HEAD:
             raise Refusal(431, f"Request head must be at most {MAX_HEAD} bytes long")
@@ -2063,7 +2074,8 @@ class Connection(BaseRequestHandler):
         if self.server.stopping:
             raise Refusal(503, "Shutting down")
         if self.evicted:
-            raise Refusal(503, "Too many connections")  # not sent before a head has arrived
+            # `handle_request` drops this if no head has ever arrived.
+            raise Refusal(503, "Too many connections")
         if self.hung_up:
             seconds = self.server.options.timeout
             raise Refusal(408, f"{label} did not arrive within {seconds:g} seconds")
@@ -2089,7 +2101,7 @@ class Connection(BaseRequestHandler):
 
         Closing with unread input sends a reset, which could destroy the reply before the client has
         read it. So shut down the sending side, and read until the client closes, too. No read
-        starts later than LINGER seconds in, and each times out after LINGER seconds.
+        starts more than LINGER seconds after the first, and each times out after LINGER seconds.
         """
         end = time.monotonic() + LINGER
         self.deadline = math.inf  # this method ends by itself
@@ -2124,8 +2136,8 @@ class Connection(BaseRequestHandler):
 
         The first call shuts down reading, which wakes up the thread. That thread then has LINGER
         seconds for a last reply. If it is not done then, the accept thread calls this again, which
-        shuts down writing as well. (`stop` makes only the first call.) Both calls bypass TLS,
-        because two threads must not use the TLS object at the same time.
+        shuts down writing as well. (During `stop`, it has already ended, so it does not.) Both
+        calls bypass TLS, because two threads must not use the TLS object at the same time.
         """
         how = socket.SHUT_RDWR if self.hung_up else socket.SHUT_RD
         self.hung_up = True
@@ -2142,7 +2154,7 @@ def check_partial_head(buffer: bytearray, resume_at: int) -> None:
     """
     if BARE_LF.search(buffer, resume_at):  # also sees whether a CR precedes `resume_at`
         raise Refusal(400, "Malformed line; every line must end in CR LF")
-    if len(buffer) > MAX_HEAD + 3:  # the last 3 bytes may begin CR LF CR LF
+    if len(buffer) > MAX_HEAD + 3:  # 3 bytes may belong to the CR LF CR LF that ends the head
         raise Refusal(431, f"Request head must be at most {MAX_HEAD} bytes long")
     longest_request_line = MAX_TARGET + 99  # with a method and a version of normal length
     if len(buffer) > longest_request_line and b"\r\n" not in buffer:
@@ -2205,7 +2217,7 @@ class Keyring:
             self.keys = self._read()
         except ConfigurationError as error:
             log.error("Keeping the previous keys: %s", error)
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno in OUT_OF_RESOURCES:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in SHORTAGE_ERRNOS:
                 self._stamp = ()  # no readable file has this stamp, so the next call tries again
         else:
             log.warning("Reloaded %s (keys: %d)", self.path, len(self.keys))
@@ -2309,7 +2321,7 @@ def optional_member(entry: Mapping[str, Any], name: str, parse: Callable[[Any], 
 
 
 def parse_call_types(names: Any) -> frozenset[str]:
-    """Convert an array of types of call to a set.
+    """Convert an array of call types to a set.
 
     Raises ValueError. Its message lacks a subject; the caller puts the name of the member first, as
     in "calls must be an array".
@@ -2402,10 +2414,9 @@ class LogBuffer(logging.Handler):
         dropped += unwritten.count(b"\n")
         if not dropped:
             return
-        # After a failed write, do not even try to write the notice.
-        notice = f"{utc_now()} Log lines dropped: {dropped}\n"
-        notice_failed = bool(unwritten) or bool(self._write_to_stream(notice))
-        if notice_failed:
+        if not unwritten:  # after a failed write, do not even try to write the notice
+            unwritten = self._write_to_stream(f"{utc_now()} Log lines dropped: {dropped}\n")
+        if unwritten:
             with self._guard:
                 self._dropped += dropped  # for a later notice
 
@@ -2500,9 +2511,9 @@ def json_or_repr(value: object) -> str:
 
 # ---- All connections -----------------------------------------------------------------------------
 #
-# The threads share this state. Every write is a single assignment or a single change to a set; in
-# CPython, both are atomic. A reader may act on an old value for a moment. Where that could do harm,
-# the table says why it does not.
+# The threads share the state in this table. Every write is a single assignment or a single change
+# to a set; in CPython, both are atomic. A reader may act on an old value for a moment. Where that
+# could do harm, the table says why it does not.
 #
 #   attribute                    written by                  read by
 #   ---------------------------  --------------------------  --------------------------------------
@@ -2512,17 +2523,18 @@ def json_or_repr(value: object) -> str:
 #   Server.tls_context           accept thread               connection threads, once each
 #   Server.reload_requested      main and accept thread      accept thread
 #   Server.stopping              stop()                      stop(), accept and connection threads
-#   Server.on_failure            main thread                 accept thread: if it fails before this
-#                                                            is set, it calls nothing, but the main
-#                                                            thread then checks Server.failed
+#   Server.on_failure            main thread                 accept thread; if it fails before the
+#                                                            main thread has set this, the main
+#                                                            thread still notices, because it checks
+#                                                            Server.failed right afterwards
 #   Server.failed                accept thread               main thread
 #   Destination.failed           writer of a GroupCommit     accept and connection threads
 #   Keyring.keys                 accept thread               accept and main thread
 #   Endpoint.keys                accept thread               connection threads
 #   Endpoint.maintenance         main thread                 connection threads
 #   Connection.deadline          its thread and hang_up()    accept thread: it may hang up on a
-#                                                            request that is complete at this very
-#                                                            moment; then the sender retries
+#                                                            request just as its last bytes arrive;
+#                                                            then the sender retries
 #   Connection.idle_since and    its thread                  accept thread and stop(): they may hang
 #     .has_received_head                                     up on a connection that has just become
 #                                                            busy; then the sender retries
@@ -2558,7 +2570,7 @@ class Server(ThreadingTCPServer):
         self.options = options
         self.connections: set[Connection] = set()
         self.connection_slots = threading.Semaphore(options.max_connections)
-        self.out_of_resources = False
+        self.shortage_logged = False
         self.next_deadline_check = 0.0  # monotonic time
         self.next_keys_check = 0.0  # monotonic time
         self.reload_requested = False
@@ -2635,7 +2647,7 @@ class Server(ThreadingTCPServer):
             return super().get_request()
         except (OSError, MemoryError) as error:
             self.connection_slots.release()
-            if isinstance(error, MemoryError) or error.errno in OUT_OF_RESOURCES:
+            if isinstance(error, MemoryError) or error.errno in SHORTAGE_ERRNOS:
                 self.make_room(error)
             raise BlockingIOError from None
 
@@ -2663,7 +2675,7 @@ class Server(ThreadingTCPServer):
             self.shutdown_request(request)
             self.make_room(error)
         else:
-            self.out_of_resources = False
+            self.shortage_logged = False
 
     def close_request(self, request: Any) -> None:
         """Close a connection, and release its slot even if that fails."""
@@ -2686,9 +2698,9 @@ class Server(ThreadingTCPServer):
 
         Logs the error once, and then not again until a thread has been started.
         """
-        if not self.out_of_resources:
+        if not self.shortage_logged:
             log.error("Cannot accept more connections: %s", str(error) or "out of memory")
-        self.out_of_resources = True
+        self.shortage_logged = True
         self.evict_connection()
         time.sleep(0.1)  # retrying at once would keep the processor busy
 
@@ -2867,9 +2879,10 @@ def serve(destination: Destination | None = None, **options: Any) -> Server:
     option `database` names; if there is a destination, this option does not exist. The receiver
     closes the destination when it stops.
 
-    Requests are logged to standard error, and other messages to the logger `receiver`. If the
-    receiver fails, it stops listening, and its attribute `failed` is true. Raises
-    ConfigurationError if an option or the destination cannot be used.
+    Requests are logged to standard error, and other messages to the logger `receiver`. If an
+    unexpected error ends the thread that accepts connections, the receiver stops listening, and
+    sets its attribute `failed` to true. Raises ConfigurationError if an option or the destination
+    cannot be used.
     """
     check_destination(destination)
     return Server(destination, options_from_keywords(options, destination))
@@ -2920,7 +2933,8 @@ def project_file(name: str) -> str:
     it is absolute.
     """
     path = Path(__file__).resolve().parent / name
-    with contextlib.suppress(ValueError, OSError):  # not below it, or it has been deleted
+    # The file may be elsewhere (ValueError), or the current directory may not exist (OSError).
+    with contextlib.suppress(ValueError, OSError):
         return str(path.relative_to(Path.cwd()))
     return str(path)
 
@@ -3040,8 +3054,8 @@ def add_command_options(parser: Parser) -> None:
     add(
         "--add-key",
         metavar="CUSTOMER",
-        help="make an API key for CUSTOMER, add its digest to the file given by --api-keys"
-        " (required), print the key, and exit",
+        help="make an API key for CUSTOMER, add its digest to the file given by --api-keys (which"
+        " has no default here), print the key, and exit",
     )
     add(
         "--calls",
@@ -3077,7 +3091,8 @@ def options_from_keywords(
         option = "--" + name.replace("_", "-")
         if value is None:
             continue
-        if not isinstance(defaults[name], bool):
+        is_flag = isinstance(defaults[name], bool)
+        if not is_flag:
             words.append(f"{option}={value}")
         elif not isinstance(value, bool):
             raise ConfigurationError(f"{name} must be True or False, not {short_repr(value)}")
@@ -3163,9 +3178,11 @@ def run(destination: Destination | None, options: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT.
 
     Without a destination, calls are stored in `options.database`. On SIGHUP, the server reads the
-    certificate again, and also the keys, even if their file has not changed. On SIGUSR1, it starts
-    or ends maintenance. Returns the exit status, which is 1 if the server has failed, and otherwise
-    0. Raises ConfigurationError if an option, or a file that it names, cannot be used.
+    certificate and its private key again, and also the API keys, even if their file has not
+    changed. On SIGUSR1, it starts or ends maintenance.
+
+    Returns the exit status, which is 1 if the server has failed, and otherwise 0. Raises
+    ConfigurationError if an option, or a file that it names, cannot be used.
     """
     # Block the signals here and in all threads that start later, so that only sigwait gets them.
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
@@ -3173,7 +3190,8 @@ def run(destination: Destination | None, options: argparse.Namespace) -> int:
     raise_file_limit(options.max_connections)
     avoid_preemption()
     server = Server(destination, options)
-    # Write the messages of the logger to the same log as the requests, and only there.
+    # The log buffer is also a logging handler: have the logger's messages written there, and only
+    # there.
     log.addHandler(server.log_buffer)
     log.propagate = False
     try:
@@ -3304,8 +3322,8 @@ def find_sample_call(destination: Destination) -> str:
 
 def curl_command(server: Server, sample_path: str) -> str:
     """Return a shell command that posts a sample call to this server."""
-    accepts_demo_key = hashlib.sha256(b"segment").hexdigest() in server.keyring.keys
-    login = "segment:" if accepts_demo_key else "YOUR_API_KEY:"
+    accepts_segment = hashlib.sha256(b"segment").hexdigest() in server.keyring.keys
+    login = "segment:" if accepts_segment else "YOUR_API_KEY:"
     command = ["curl", "-i", "--cacert", server.options.tls_cert, "-u", login, server.url]
     command += ["-H", "Content-Type: application/json", "-d", f"@{sample_path}"]
     return shlex.join(command)

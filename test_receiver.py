@@ -248,7 +248,10 @@ def request(
     api_key: str | None = "segment",
     length: object = None,
 ) -> bytes:
-    """A request as bytes. Without a call, it has no body, and no length unless one is given."""
+    """A request as bytes. `lines` are further header lines, and `host` is a whole one.
+
+    Without a call, there is no body, and no Content-Length unless a `length` is given.
+    """
     if call is None:
         body = b""
     else:
@@ -476,7 +479,7 @@ class TlsClient(contextlib.AbstractContextManager["TlsClient"]):
         return bool(data)
 
     def read_reply(self, head_only: bool = False) -> ReceivedReply:
-        """The next reply."""
+        """The next reply. With `head_only`, it has no body, whatever its Content-Length."""
         while b"\r\n\r\n" not in self.buffer:
             if not self.receive():
                 return ReceivedReply()
@@ -558,8 +561,8 @@ class Load(contextlib.AbstractContextManager["Load"]):
 # Part 1. The protocol
 #
 # How each request is answered, without a network. Most cases are data: fixtures/accepted.json and
-# fixtures/refused.json hold requests and the replies that are expected, for use in any language. To
-# find the test of a statement of the protocol, search these two files, too.
+# fixtures/refused.json hold requests and the replies that are expected, for use in any language.
+# When you look for the test of a rule of the protocol, search these two files, too.
 # ==================================================================================================
 
 # The only modules and names of the standard library that the protocol part may use.
@@ -612,7 +615,8 @@ def test_without_the_sections_about_speed_every_answer_is_the_same() -> None:
         for _ in range(2):  # the second reply uses what the first one has cached
             fast = ask_record(record, FixtureDestination())
             plain = ask_record(record, FixtureDestination(), module)
-            # No record leads to an internal error, whose exception would not be equal to another.
+            # Replies to internal errors would never be equal, because they have an exception. But
+            # no record leads to one.
             assert fast == plain
 
 
@@ -628,7 +632,9 @@ def test_an_accepted_request_gets_a_200_and_the_destination_receives_the_expecte
 
 
 @cases("record", REFUSED)
-def test_a_refusal_names_the_culprit_and_reaches_no_destination(record: Record) -> None:
+def test_a_refused_request_reaches_no_destination_and_the_message_names_the_culprit(
+    record: Record,
+) -> None:
     destination = FixtureDestination()
     reply = ask_record(record, destination)
     message = reply.body["message"]
@@ -691,6 +697,7 @@ def fault_pairs() -> dict[str, tuple[str, str]]:
     for first, second in itertools.combinations(LADDER, 2):
         first_changes, first_status = LADDER[first]
         second_changes, second_status = LADDER[second]
+        # Only the last two rows are no faults, so the first of a pair always is one.
         fit_together = not first_changes.keys() & second_changes.keys()
         if fit_together and second_status >= 400 and first_status != second_status:
             pairs[f"{first} before {second}"] = (first, second)
@@ -849,7 +856,7 @@ def test_an_expired_key_gets_the_message_that_segment_documents() -> None:
     assert reply.body == {"message": "API token expired"}
 
 
-def test_the_reply_to_an_expired_key_names_its_customer_for_the_log() -> None:
+def test_the_customer_of_an_expired_key_is_known_to_the_log() -> None:
     assert ask(authorization=basic("segment-expired")).customer == "lapsed"
 
 
@@ -908,9 +915,9 @@ def test_the_content_encoding_identity_may_be_in_upper_or_lower_case() -> None:
 
 # ---- Rung 7: the body ----------------------------------------------------------------------------
 
-# These have 499 levels each. Inside an object, they make 500, which is the limit. `parse_json`
-# determines the depth only if a text has more than 500 opening brackets, so the rows with exactly
-# 500 levels add an empty array, to bring the count to 501.
+# Each of these is 499 levels deep, so inside an object, it reaches the limit of 500. `parse_json`
+# determines the depth only if a text has more than 500 opening brackets, so the texts with 500
+# levels also contain an empty array, whose bracket is the 501st.
 DEEP_ARRAYS = "[" * 499 + "]" * 499
 DEEP_OBJECTS = '{"a":' * 499 + "0" + "}" * 499
 
@@ -920,8 +927,8 @@ LONG_KEY = "x" * 150  # too long for the caches
 def repr_of_parsed(text: str) -> str:
     """Parse JSON, and return the repr of the value.
 
-    It is the repr because `==` would not tell 7 from 7.0, or 0.0 from -0.0. The text is parsed
-    twice, because the second time, its keys come from the caches.
+    It is the repr because `==` cannot tell 7 from 7.0, or 0.0 from -0.0. The text is parsed twice,
+    because the second time, its keys come from the caches.
     """
     first, second = (receiver.parse_json(text.encode(), "It") for _ in range(2))
     assert repr(first) == repr(second)
@@ -1063,7 +1070,7 @@ def test_what_is_not_utf_8_is_refused(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b" ", b"\t\r\n"])
-def test_nothing_or_whitespace_is_refused(data: bytes) -> None:
+def test_an_empty_or_blank_text_is_refused(data: bytes) -> None:
     assert refusal_of_json(data) == "It must not be empty"
 
 
@@ -1210,10 +1217,11 @@ def test_a_key_in_snake_case_is_left_alone(key: str) -> None:
     assert receiver.snake_case(key) == key
 
 
-def test_the_caches_of_keys_have_a_limit() -> None:
+def test_the_caches_for_keys_in_snake_case_have_a_limit() -> None:
     for number in range(2 * receiver.MAX_CACHED_TEXTS):
         receiver.snake_keys({f"in_snake_case_{number}": 0, f"toConvert{number}": 0})
-    # `snake_case` is a method of its cache; `snake_keys` has a set of known keys in its closure.
+    # `snake_case` is a method of a dictionary, the cache. The set of known keys is a variable in
+    # the closure of `snake_keys`.
     cache: Any = receiver.snake_case.__self__  # type: ignore[attr-defined]
     known = inspect.getclosurevars(receiver.snake_keys).nonlocals["known_snake_case"]
     assert 0 < len(cache) <= receiver.MAX_CACHED_TEXTS
@@ -1325,7 +1333,7 @@ def test_a_call_knows_its_customer_its_settings_and_the_size_of_its_body() -> No
 
 
 @pytest.mark.parametrize("name", ["customer", "settings", "raw", "size", "outcome"])
-def test_an_unknown_field_that_is_named_like_an_attribute_does_not_change_it(name: str) -> None:
+def test_an_unknown_field_does_not_replace_the_attribute_of_the_same_name(name: str) -> None:
     call = accepted_call({**TRACK, name: "x"})
     assert getattr(call, name) != "x"
     assert call.raw[name] == "x"
@@ -1348,7 +1356,7 @@ def test_a_missing_message_id_becomes_a_fresh_uuid(absent: dict[str, Any]) -> No
     assert first != second
 
 
-FIELDS_FOR_EVERY_TYPE = {"user_id": "u1", "event": "e", "group_id": "g", "previous_id": "p"}
+ALL_REQUIRED_FIELDS = {"user_id": "u1", "event": "e", "group_id": "g", "previous_id": "p"}
 NOT_AN_ID = [True, 1.5, [], {}, "a\0b"]
 NOT_TEXT = [True, 7, [], {}]
 NOT_AN_OBJECT = [True, 7, "x", [1]]  # but [] counts as an empty object
@@ -1377,7 +1385,7 @@ def test_an_invalid_field_is_400_in_the_types_that_use_it_and_ignored_elsewhere(
 ) -> None:
     values, refusing = INVALID[field]
     for value in values:
-        reply = ask({**FIELDS_FOR_EVERY_TYPE, "type": call_type, field: value})
+        reply = ask({**ALL_REQUIRED_FIELDS, "type": call_type, field: value})
         assert reply.status == (400 if call_type in refusing else 200)
         if reply.status == 400:
             assert reply.body["message"].startswith(field)
@@ -1435,7 +1443,7 @@ def test_the_time_of_a_call_is_timestamp_else_original_timestamp_else_sent_at_el
 
 
 @pytest.mark.parametrize(("result", "status"), [(None, 200), (200, 200), (202, 202)])
-def test_a_handler_that_returns_none_or_200_gives_200_and_one_that_returns_202_gives_202(
+def test_a_handler_returns_the_status_200_or_202_and_none_means_200(
     result: Any, status: int
 ) -> None:
     assert ask(destination=Recorder(result)).status == status
@@ -1459,7 +1467,7 @@ def test_a_handler_refuses_with_its_own_status_and_message(status: int) -> None:
 
 
 @pytest.mark.parametrize("status", [200, 399, 600])
-def test_a_refusal_has_a_status_from_400_to_599(status: int) -> None:
+def test_a_refusal_cannot_have_a_status_outside_400_to_599(status: int) -> None:
     with pytest.raises(ValueError, match=f"not {status}$"):
         receiver.Refusal(status, "No")
 
@@ -1491,9 +1499,9 @@ class CustomRefusal(receiver.Refusal):
         vars(self).update(attributes)
 
 
-# An attribute that is missing has its default: the status 0, which is invalid, the message
-# "Internal error", and no headers. The message is converted by str(), and None counts as no
-# headers. Any other invalid attribute makes the reply a 500.
+# A missing attribute has its default: 0 for the status (which is invalid, hence the 500), "Internal
+# error" for the message, and no headers. A message of any type is converted by str(), and headers
+# of None mean no headers. Any other invalid attribute makes the reply a 500.
 @cases(
     "attributes, status, message",
     {
@@ -1618,6 +1626,12 @@ def hold_up_writer(
     return reply
 
 
+def let_one_write_finish(destination: RecordingGroupCommit) -> None:
+    """Let the write that is held up return, and hold up the next one."""
+    destination.go_on.set()  # wakes the write that waits, even though it is cleared at once
+    destination.go_on.clear()
+
+
 def send_batch(
     destination: RecordingGroupCommit, pool: ThreadPoolExecutor, message_ids: list[str]
 ) -> list[receiver.Reply]:
@@ -1660,7 +1674,7 @@ def test_a_destination_without_calls_is_neither_opened_nor_shut() -> None:
 def test_group_commit_supports_identify_track_page_group_and_delete(
     destination: RecordingGroupCommit, call_type: str
 ) -> None:
-    call = {**FIELDS_FOR_EVERY_TYPE, "type": call_type, "message_id": "a"}
+    call = {**ALL_REQUIRED_FIELDS, "type": call_type, "message_id": "a"}
     reply = ask(call, destination=destination)
     assert (reply.status, reply.outcome) == (200, "stored")
 
@@ -1692,7 +1706,7 @@ def test_a_refusal_that_write_raises_refuses_the_whole_batch(
     assert destination.written == [[BLOCKER], ["a", "b", "c"]]
 
 
-def test_if_write_raises_anything_but_a_refusal_each_call_is_written_again_alone(
+def test_if_write_raises_anything_but_a_refusal_each_call_is_written_again_by_itself(
     destination: RecordingGroupCommit, pool: ThreadPoolExecutor
 ) -> None:
     destination.errors["poisoned"] = ZeroDivisionError("no")
@@ -1702,7 +1716,7 @@ def test_if_write_raises_anything_but_a_refusal_each_call_is_written_again_alone
     assert destination.written == [[BLOCKER], ["a", "poisoned", "b"], ["a"], ["poisoned"], ["b"]]
 
 
-def test_a_call_that_is_written_again_alone_may_be_refused(
+def test_a_call_that_is_written_again_by_itself_may_be_refused(
     destination: RecordingGroupCommit, pool: ThreadPoolExecutor
 ) -> None:
     destination.errors["poisoned"] = ZeroDivisionError("no")
@@ -1718,10 +1732,15 @@ def test_a_write_that_returns_too_few_outcomes_is_500(destination: RecordingGrou
     assert isinstance(reply.error, TypeError)
 
 
-A_CLASS = receiver.Refusal  # only an instance of it may be returned
-
-
-@pytest.mark.parametrize("outcome", [None, False, "lost", A_CLASS], ids=repr)
+@cases(
+    "outcome",
+    {
+        "None": None,
+        "False": False,
+        "an unknown word": "lost",
+        "a class instead of an instance": receiver.Refusal,
+    },
+)
 def test_a_call_is_not_acknowledged_if_write_returns_anything_but_an_outcome(
     destination: RecordingGroupCommit, outcome: Any
 ) -> None:
@@ -1810,11 +1829,14 @@ def test_no_call_of_a_failed_batch_is_written_again_after_its_deadline(
     destination.errors["poisoned"] = ZeroDivisionError("no")
     monkeypatch.setattr(receiver, "STORE_TIMEOUT", 1.0)
     late = [queue_call(destination, pool, name) for name in ("a", "poisoned")]
-    destination.go_on.set()
-    destination.go_on.clear()  # set() has woken the write that waited; the next one will wait
+
+    # The batch is being written when the deadline of its calls passes.
+    let_one_write_finish(destination)
     wait_until(lambda: len(destination.written) == 2)
-    assert {reply.result().status for reply in late} == {503}  # their time has run out
-    destination.go_on.set()  # now their batch fails
+    assert {reply.result().status for reply in late} == {503}
+
+    # Only now does it fail. Neither call may be written again.
+    destination.go_on.set()
     assert first.result().status == 200
     monkeypatch.undo()
     assert send_track(destination, "next").status == 200
@@ -2025,7 +2047,7 @@ ODD_TRAITS = {
 }
 
 
-def saved_and_found(store: FileStore, calls: list[Any], query: str) -> str:
+def save_and_find(store: FileStore, calls: list[Any], query: str) -> str:
     """Save these calls, and return the rows that a query finds, as one JSON text.
 
     JSON that a row contains is parsed first. The result is text, because `==` of values would not
@@ -2059,7 +2081,7 @@ def saved_and_found(store: FileStore, calls: list[Any], query: str) -> str:
 def test_a_message_id_is_stored_once_for_each_customer(
     store: FileStore, calls: list[Any], query: str, expected: list[Any]
 ) -> None:
-    assert saved_and_found(store, calls, query) == json.dumps(expected, sort_keys=True)
+    assert save_and_find(store, calls, query) == json.dumps(expected, sort_keys=True)
 
 
 @cases(
@@ -2101,7 +2123,7 @@ def test_a_message_id_is_stored_once_for_each_customer(
 def test_each_view_shows_the_calls_of_its_type_and_their_fields(
     store: FileStore, calls: list[Any], query: str, expected: list[Any]
 ) -> None:
-    assert saved_and_found(store, calls, query) == json.dumps(expected, sort_keys=True)
+    assert save_and_find(store, calls, query) == json.dumps(expected, sort_keys=True)
 
 
 @pytest.mark.parametrize(
@@ -2118,7 +2140,7 @@ def test_a_trait_comes_from_the_newest_call_that_has_it_whatever_the_order_of_ar
 ) -> None:
     query = "select user_id, traits, first_seen, last_seen from users"
     expected = [["u1", MERGED, DAY_1, DAY_3]]
-    assert saved_and_found(store, calls, query) == json.dumps(expected, sort_keys=True)
+    assert save_and_find(store, calls, query) == json.dumps(expected, sort_keys=True)
 
 
 @cases(
@@ -2158,7 +2180,7 @@ def test_a_trait_comes_from_the_newest_call_that_has_it_whatever_the_order_of_ar
 def test_traits_are_merged_in_users_and_accounts(
     store: FileStore, calls: list[Any], query: str, expected: list[Any]
 ) -> None:
-    assert saved_and_found(store, calls, query) == json.dumps(expected, sort_keys=True)
+    assert save_and_find(store, calls, query) == json.dumps(expected, sort_keys=True)
 
 
 def test_users_has_one_row_for_each_user_of_each_customer_whatever_the_type_of_call(
@@ -2166,20 +2188,20 @@ def test_users_has_one_row_for_each_user_of_each_customer_whatever_the_type_of_c
 ) -> None:
     calls = [track(user_id="u2"), identify(), identify(customer="acme"), identify()]
     anonymous = {"call_type": "page", "user_id": None, "anonymous_id": "a1"}
-    found = saved_and_found(store, [*calls, anonymous], "select customer, user_id from users")
+    found = save_and_find(store, [*calls, anonymous], "select customer, user_id from users")
     assert sorted(json.loads(found)) == [["acme", "u1"], ["demo", "u1"], ["demo", "u2"]]
 
 
 def test_accounts_has_a_row_for_each_customer_and_group_id(store: FileStore) -> None:
     calls = [group(), group(group_id="g2"), group(customer="acme"), group()]
-    found = saved_and_found(store, calls, "select customer, group_id from accounts")
+    found = save_and_find(store, calls, "select customer, group_id from accounts")
     assert sorted(json.loads(found)) == [["acme", "g1"], ["demo", "g1"], ["demo", "g2"]]
 
 
 def test_each_member_of_an_account_is_counted_once(store: FileStore) -> None:
     calls = [group(), group(), group(user_id="u2"), group(group_id="g2", user_id="u3")]
     query = "select members from accounts where group_id = 'g1'"
-    assert saved_and_found(store, calls, query) == "[[2]]"
+    assert save_and_find(store, calls, query) == "[[2]]"
 
 
 @pytest.mark.parametrize("number", [7, 12345678901234567890, 12345678901234567891])
@@ -2187,13 +2209,13 @@ def test_a_group_id_that_is_an_integer_is_found_as_its_decimal_text(
     store: FileStore, number: int
 ) -> None:
     query = f"select group_id from accounts where group_id = '{number}'"
-    assert saved_and_found(store, [group(group_id=number)], query) == f'[["{number}"]]'
+    assert save_and_find(store, [group(group_id=number)], query) == f'[["{number}"]]'
 
 
 @cases(
     "calls, query, expected",
     {
-        # This view counts customers and events; see the last test of this section.
+        # This view counts the customers and events that end Segment's private beta.
         "private_beta": (
             [track(), track(customer="acme"), {"call_type": "delete", "customer": "gone"}],
             "select customers, events, fulfilled from private_beta",
@@ -2209,13 +2231,14 @@ def test_a_group_id_that_is_an_integer_is_found_as_its_decimal_text(
 def test_a_view_leaves_out_customers_and_users_that_are_known_only_from_deletes(
     store: FileStore, calls: list[Any], query: str, expected: list[Any]
 ) -> None:
-    assert saved_and_found(store, calls, query) == json.dumps(expected, sort_keys=True)
+    assert save_and_find(store, calls, query) == json.dumps(expected, sort_keys=True)
 
 
 def test_a_trait_whose_name_contains_nul_is_left_out_and_overwrites_no_other(
     store: FileStore,
 ) -> None:
     store.save(traits={"a": 3}, timestamp=DAY_1)
+    # Cut off at the NUL, this name would be "a", and its newer value would win.
     store.save(traits={"a\0c": 2}, timestamp=DAY_2)
     assert store.find("select traits from users") == [('{"a":3}',)]
 
@@ -2286,7 +2309,7 @@ def test_ten_thousand_traits_of_a_user_are_merged_within_two_seconds(
     traits = {f"trait_{number}": number * 1.1 for number in range(10_000)}
     assert store.save(traits=traits).status == 200
     seconds = []
-    for _ in range(3):  # the best of three, because other programs may be running
+    for _ in range(3):  # the best of three, because other programs slow down the caches
         started = time.thread_time()
         [(merged,)] = store.find("select traits from users")
         seconds.append(time.thread_time() - started)
@@ -2303,7 +2326,7 @@ def test_ten_thousand_traits_of_a_user_are_merged_within_two_seconds(
         "10 customers": (10, 10, 1),
     },
 )
-def test_private_beta_is_fulfilled_by_10_customers_or_more_than_20_million_events(
+def test_the_private_beta_needs_10_customers_or_more_than_20_million_events(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     customers: int,
@@ -2438,7 +2461,8 @@ def test_any_order_of_calls_and_deletes_with_retries_leaves_the_same_calls(
     tmp_path: Path, seed: int
 ) -> None:
     rng = random.Random(seed)
-    arrivals = [*HISTORY, *rng.choices(HISTORY, k=len(HISTORY))]
+    retries = rng.choices(HISTORY, k=len(HISTORY))
+    arrivals = [*HISTORY, *retries]
     rng.shuffle(arrivals)
     store = FileStore(tmp_path / "calls.db")
     for call in arrivals:
@@ -2482,8 +2506,8 @@ def test_a_delete_does_not_wait_for_a_reader_and_the_next_call_clears_the_wal(
 
 
 def test_the_wal_shrinks_again_after_a_long_running_reader(store: FileStore) -> None:
-    # The first batch of a store truncates the WAL explicitly. Get that over with, so that only the
-    # size limit of SQLite is tested.
+    # The first batch of a store truncates the WAL explicitly. Get that over with, so that only
+    # SQLite's journal_size_limit can make the WAL shrink below.
     store.save(message_id="before")
     with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as reader:
         reader.execute("begin")
@@ -2499,13 +2523,13 @@ def test_the_wal_shrinks_again_after_a_long_running_reader(store: FileStore) -> 
 # ---- The file ------------------------------------------------------------------------------------
 
 
-def make_other_table(path: Path) -> None:
+def make_foreign_database(path: Path) -> None:
     with contextlib.closing(sqlite3.connect(path)) as db:
         # The version is right, but the application_id is not.
         db.executescript("create table calls (a, b); pragma user_version = 2;")
 
 
-def make_other_version(path: Path) -> None:
+def make_database_of_another_version(path: Path) -> None:
     with contextlib.closing(receiver.open_database(str(path))) as db:
         db.execute("pragma user_version = 1")
 
@@ -2513,8 +2537,14 @@ def make_other_version(path: Path) -> None:
 @cases(
     "make, reason",
     {
-        "another database with a table named calls": (make_other_table, "not a database of calls"),
-        "another version of the schema": (make_other_version, "its schema is version 1, but must"),
+        "another database with a table named calls": (
+            make_foreign_database,
+            "not a database of calls",
+        ),
+        "another version of the schema": (
+            make_database_of_another_version,
+            "its schema is version 1, but must",
+        ),
         "a text file": (lambda path: path.write_text("Dear diary"), "not a database of calls"),
         "a folder": (Path.mkdir, "not a regular file"),
         "a FIFO": (os.mkfifo, "not a regular file"),
@@ -2559,7 +2589,7 @@ def test_sqlite_older_than_3_38_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_
         receiver.Store(tmp_path / "calls.db")
 
 
-def test_the_checkpoint_threshold_is_set_to_the_constant_wal_pages(store: FileStore) -> None:
+def test_wal_autocheckpoint_is_set_from_the_constant_wal_pages(store: FileStore) -> None:
     assert store._db.execute("pragma wal_autocheckpoint").fetchone() == (receiver.WAL_PAGES,)
 
 
@@ -2656,7 +2686,7 @@ def test_while_the_database_file_is_missing_or_replaced_a_call_gets_503(
 ) -> None:
     assert store.save().status == 200
     moved = store.path.rename(store.path.with_name("moved"))
-    assert store.save().status == 503  # deleted
+    assert store.save().status == 503  # missing
     store.path.write_bytes(b"")
     assert store.save().status == 503  # replaced
     moved.rename(store.path)
@@ -2720,10 +2750,13 @@ def test_a_store_that_cannot_write_now_answers_503_within_5_seconds_and_recovers
 def test_after_kill_9_every_acknowledged_call_is_there_once(tmp_path: Path) -> None:
     sent: set[str] = set()
     acknowledged: set[str] = set()
-    chance = random.Random(9)
+    rng = random.Random(9)
     for number in range(6):
-        with RunningReceiver(tmp_path) as process, Load(process, f"run-{number}", 6) as load:
-            load.wait_for_acknowledged(chance.randrange(1, 400))
+        with (
+            RunningReceiver(tmp_path) as process,
+            Load(process, f"run-{number}", clients=6) as load,
+        ):
+            load.wait_for_acknowledged(rng.randrange(1, 400))
             process.stop(signal.SIGKILL)
         sent |= load.sent
         acknowledged |= load.acknowledged
@@ -2736,6 +2769,7 @@ def test_after_kill_9_every_acknowledged_call_is_there_once(tmp_path: Path) -> N
         assert rows(process.database, "pragma integrity_check") == [("ok",)]
 
         for message_id in found[:200]:  # sending them again changes nothing
+            # Retry after a 503, as above.
             call = request({**TRACK, "message_id": message_id})
             wait_until(lambda call=call: client.status(call) == 200)  # type: ignore[misc]
         assert sorted(process.message_ids()) == found
@@ -2980,7 +3014,8 @@ LAST_CHUNK = b"0\r\n\r\n"  # exactly 5 bytes, the Content-Length below
         "a length with a sign": head(length="+0") + SMUGGLED,
         "a folded header": head("X: a\r\n Content-Length: 0", length=5) + SMUGGLED,
         "a header with whitespace before the colon": head("Content-Length : 0") + SMUGGLED,
-        "an upgrade to an unknown protocol": (
+        # This first request is valid, but what follows an upgrade might not be HTTP.
+        "an upgrade, which is not supported": (
             request(TRACK, "Upgrade: h2c", "Connection: upgrade") + SMUGGLED
         ),
     },
@@ -3028,7 +3063,9 @@ def test_this_request_is_accepted_and_the_connection_stays_open(
 
 
 @pytest.mark.parametrize("missing", [1, 2, 3, 4])
-def test_an_incomplete_head_is_too_long_only_if_64_kib_cannot_suffice(missing: int) -> None:
+def test_an_incomplete_head_is_refused_only_if_it_can_no_longer_end_within_64_kib(
+    missing: int,
+) -> None:
     data = request_with_head_of(65_536)
     end_of_head = data.index(b"\r\n\r\n") + 4
     partial = bytearray(data[: end_of_head - missing])
@@ -3518,7 +3555,7 @@ def test_how_a_value_is_shown_in_a_line_of_the_log(value: Any, shown: str) -> No
 # A call, its API key, and its log line without the time. A line has the status, the type, the
 # customer, the user, the event or name, the outcome (unless it is `stored`), the duration and the
 # message; "-" means none. The order matters: a duplicate follows its original, and a call that is
-# forgotten follows a delete with a later date.
+# forgotten follows the delete, although it is dated before it.
 LOGGED: dict[str, tuple[dict[str, Any], str, str]] = {
     "accepted": (
         {**TRACK, "event": "Two Words", "message_id": "log-1"},
@@ -3737,7 +3774,7 @@ def test_a_stalled_reader_of_the_log_delays_nothing_and_dropped_lines_are_counte
     with RunningReceiver(tmp_path, "--verbose", stderr=writing) as process:
         os.close(writing)
         with TlsClient(process) as client:
-            # 10 MB: more than the buffer and the text that is being written can hold together.
+            # 10 MB: more than the total of a full buffer and the text that is being written.
             for _ in range(250):
                 assert client.status(request({**TRACK, "note": "x" * 40_000})) == 200
         # The main thread logs this change of maintenance, so a stalled log must not block it.
@@ -3926,7 +3963,7 @@ def test_a_slot_is_released_even_if_closing_the_connection_fails(
 
 
 @on_linux
-def test_the_limit_on_open_files_is_raised_to_max_connections_and_100_more(tmp_path: Path) -> None:
+def test_the_limit_on_open_files_is_raised_to_max_connections_plus_100(tmp_path: Path) -> None:
     import resource
 
     def lower_limit() -> None:
@@ -4070,7 +4107,8 @@ def test_a_request_that_arrives_after_the_server_has_hung_up_is_not_handled() ->
     with receiver.serve(destination, port=0) as server, TlsClient(server) as client:
         assert client.status(request()) == 200
         [connection] = server.connections
-        connection.hung_up = True  # by another thread, before this connection's thread wakes up
+        # As if another thread had hung up just before this connection's thread wakes up.
+        connection.hung_up = True
         client.send(request())
         assert client.is_closed()
     assert len(destination.calls) == 1
@@ -4385,8 +4423,9 @@ def test_a_client_that_stops_reading_replies_is_disconnected_after_the_timeout(
         assert server_port
         client_port = client.tls.getsockname()[1]
         assert client.status(request()) == 200
-        # Send requests, and never read the replies. Once all buffers are full, the server cannot
-        # write, so it stops reading: its receive queue has not been empty for 0.3 seconds.
+        # Send requests, and never read the replies, which are long, because each is a 404 that
+        # quotes the path. Once all buffers are full, the server cannot write, so it stops reading.
+        # The sign of that: its receive queue has not been empty for 0.3 seconds.
         last_empty = time.monotonic()
         while time.monotonic() - last_empty < 0.3:
             if receive_queue(server_port, client_port):
@@ -4564,7 +4603,9 @@ def test_mutated_requests_never_cause_an_internal_error_or_a_partial_reply(
     for _ in range(500):
         with TlsClient(running, context) as client:
             client.send(mutated_request(rng) + mutated_request(rng)).half_close()
-            received = list(iter(lambda: client.read_reply().status, 0))  # noqa: B023 - used at once
+            received = []
+            while status := client.read_reply().status:  # 0 once the connection has ended
+                received.append(status)
             assert client.buffer == b""  # no partial reply
         statuses += received
         answered += bool(received)
@@ -4648,8 +4689,8 @@ def test_mutated_requests_leave_no_threads_files_memory_or_tracebacks_behind(
 # ==================================================================================================
 # Part 4. Entry points
 #
-# `main` in a program with its own destination, `serve` inside a program, the command line and its
-# error messages, and adding API keys.
+# `main`, called by a program that has its own destination; `serve`, which runs the receiver within
+# another program; the command line and its error messages; and adding API keys.
 # ==================================================================================================
 
 
@@ -4733,7 +4774,7 @@ def test_serve_leaves_no_thread_behind() -> None:
     assert set(threading.enumerate()) == before
 
 
-def test_serve_finds_keys_and_certificate_beside_receiver_py_and_makes_calls_db_here(
+def test_serve_finds_keys_beside_receiver_py_but_makes_calls_db_in_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -4899,7 +4940,7 @@ def test_the_hints_are_quoted_for_the_shell(tmp_path: Path) -> None:
 
 
 def test_standard_output_is_only_the_line_that_says_where_it_listens(tmp_path: Path) -> None:
-    with RunningReceiver(tmp_path) as process:  # it has already read the first line
+    with RunningReceiver(tmp_path) as process:  # this helper has already read the first line
         assert post(process).status_code == 200
         process.send_signal(signal.SIGTERM)
         assert process.popen.communicate(timeout=15)[0] == ""
@@ -4952,6 +4993,8 @@ def test_with_reuse_port_two_receivers_share_one_port(tmp_path: Path) -> None:
         port = urlsplit(first.url).port
         with RunningReceiver(tmp_path, "--reuse-port", "--port", port) as second:
             assert second.url == first.url
+            # The kernel spreads the connections; that all of them reach the same receiver is next
+            # to impossible.
             for _ in range(40):
                 assert post(first).status_code == 200
             first.wait_for_log(" 200 track ")
@@ -5217,7 +5260,7 @@ def test_a_failed_add_key_leaves_the_file_unchanged_and_no_temporary_file(
     assert list(tmp_path.iterdir()) == [keys]
 
 
-def test_a_key_that_was_added_with_calls_permits_only_these_types(tmp_path: Path) -> None:
+def test_a_key_added_with_the_option_calls_permits_only_those_types(tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     api_key = add_key("Acme", "--api-keys", keys, "--calls", "group").stdout.strip()
     with RunningReceiver(tmp_path, "--api-keys", keys) as process:
@@ -5314,7 +5357,7 @@ Transport = Callable[[KitRequest], KitReply]
 #
 # The format of conformance.json: `calls` has a plain call of each type, and `common` the fields
 # that all of them have. A check has its `level`, the `section` that is its source, its `sentence`,
-# the `requests` to send, and the `statuses` of which each reply must have one; 2xx stands for any
+# the `requests` to send, and the `statuses`: each reply must have one of them; 2xx stands for any
 # status from 200 to 299, and so on. If `may_crash` is true, `check_retry_after_a_crash` sends some
 # of its requests, too.
 #
@@ -5325,7 +5368,7 @@ Transport = Callable[[KitRequest], KitReply]
 #     set                           replaces or adds these fields
 #     remove                        leaves these fields out
 #     only                          leaves all other fields out
-#     raw                           adds a member as JSON text, which json.dumps could not make
+#     raw                           appends this JSON text as the last member, unchanged
 #     camel_case                    converts the keys to camelCase
 #     body, body_base64             replaces the whole body
 #     method, scheme                replaces POST, or Basic
@@ -5514,6 +5557,7 @@ def build_request(spec: Mapping[str, Any], target: Target) -> KitRequest:
         headers={name: value for name, value in headers.items() if value is not None},
         body=body,
         description=describe(spec, call_type),
+        # A header that is given in conformance.json contains no API key.
         shown_authorization=spec.get("headers", {}).get("Authorization") or shown_authorization,
     )
 
@@ -5527,7 +5571,7 @@ class NetworkTransport:
     def __init__(self, target: Target) -> None:
         self.target = target
         self.deadline = time.monotonic() + RUN_SECONDS
-        self.failures = 0  # refused connections in a row
+        self.refused_in_a_row = 0  # connections
         self.local = threading.local()
 
     def new_connection(self) -> http.client.HTTPConnection:
@@ -5557,7 +5601,7 @@ class NetworkTransport:
         while True:
             if time.monotonic() > self.deadline:
                 raise CutShortError("no time was left")
-            if self.failures >= 5:
+            if self.refused_in_a_row >= 5:
                 raise CutShortError("the endpoint refuses connections")
             reply = self.exchange(link, request, reopen)
             wait = retry_after(reply)
@@ -5589,10 +5633,10 @@ class NetworkTransport:
             if was_open and reopen and has_disconnected:
                 return self.exchange(link, request, reopen=False)
             if isinstance(error, ConnectionRefusedError):
-                self.failures += 1
+                self.refused_in_a_row += 1
             reason = printable_text((str(error) or type(error).__name__).encode(), 200)
             raise NoReplyError(reason) from None
-        self.failures = 0
+        self.refused_in_a_row = 0
         return reply
 
     def send_and_read(self, link: http.client.HTTPConnection, request: KitRequest) -> KitReply:
@@ -5633,7 +5677,8 @@ def time_limit(sock: socket.socket) -> Iterator[None]:
             raise
     finally:
         watchdog.cancel()
-    if has_expired.is_set():  # to `http.client`, a shutdown may look like the end of a body
+    # Even without an error: to `http.client`, a shutdown may look like the end of a body.
+    if has_expired.is_set():
         raise NoReplyError("the reply did not end in time")
 
 
@@ -5702,7 +5747,8 @@ SHORTEST_SECRET = 8  # characters; a shorter key may occur in a reply by chance
 def secrets_of(target: Target) -> list[str]:
     """The API keys, plain, URL-encoded, and as credentials in base64.
 
-    The longest come first, so that a key that is a part of another one does not uncover the rest.
+    The longest come first. If a key that is part of a longer one were replaced first, the rest of
+    the longer one would stay visible.
     """
     forms = set()
     for key in target.keys.values():
@@ -5728,7 +5774,7 @@ def expect_statuses(
 
     def run(target: Target, transport: Transport) -> None:
         requests_to_send = []
-        reasons = {}  # why requests cannot be sent; a dictionary, to keep the order
+        reasons = {}  # why requests cannot be sent; a dictionary serves as an ordered set
         for spec in specs:
             try:
                 requests_to_send.append(build_request(spec, target))
@@ -5861,7 +5907,10 @@ def shows_no_traceback(reply: KitReply, _: Target) -> bool:
 
 
 def requests_that_may_crash(target: Target) -> Iterator[tuple[KitRequest, KitRequest]]:
-    """Requests that may crash an endpoint, each with a copy that usually has another message_id."""
+    """Requests that may crash an endpoint, each with a copy that has a new message_id.
+
+    The copy has the same one if the request itself sets the message_id, or the whole body.
+    """
     for check in CONFORMANCE["checks"]:
         if check.get("may_crash"):
             for spec in check["requests"][:6]:  # a few of each kind are enough
@@ -5907,7 +5956,7 @@ def require_tls(target: Target) -> ssl.SSLContext:
 
 
 def check_certificate(target: Target, transport: Transport) -> None:
-    """Never broken: with an untrusted certificate, `require_accepted_call` has ended the run."""
+    """Never fail: if the certificate is untrusted, `require_accepted_call` has ended the run."""
     require_network(transport)
     if require_tls(target).verify_mode == ssl.CERT_NONE:
         raise NotCheckedError("INSECURE is set")
@@ -5957,7 +6006,7 @@ def check_connection_stays_open(target: Target, transport: Transport) -> None:
             first = build_request(spec, target)
             reply = transport.send(link, first)
             after = f"after {first.description}"
-            if link.sock is None:
+            if link.sock is None:  # `http.client` has closed it, because the reply said so
                 exchange = show_exchange(first, reply, target)
                 raise BrokenError(f"the connection is closed {after}\n{exchange}")
             plain = build_request(PLAIN, target)
@@ -5980,7 +6029,8 @@ def check_plain_http(target: Target, transport: Transport) -> None:
             reply = unencrypted.exchange(link, request, reopen=False)
         except NoReplyError:  # a refused connection, a reset or silence is fine
             return
-    # With these statuses, the endpoint has looked at the API key, instead of refusing plain HTTP.
+    # A 401 or a 2xx means that the endpoint has processed the request, instead of refusing plain
+    # HTTP.
     if reply.status == 401 or reply.status < 300:
         address = target.url.replace("https://", "http://")
         exchange = show_exchange(request, reply, target)
@@ -5993,8 +6043,8 @@ HANDSHAKE_RECORD = b"\x16"  # the first byte of a TLS record that carries a hand
 def client_hello(version: ssl.TLSVersion, hostname: str | None) -> bytes:
     """The first message of a handshake with this version. Raises ssl.SSLError or ValueError.
 
-    It is made in memory, and then sent over plain TCP, so that OpenSSL on this machine cannot
-    refuse the old version itself.
+    Only this message is made by OpenSSL, in memory; it is then sent over plain TCP. A whole
+    handshake could fail because OpenSSL on this machine refuses the endpoint's old version.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_ciphers("ALL:@SECLEVEL=0")
@@ -6022,8 +6072,8 @@ def check_old_tls(target: Target, transport: Transport) -> None:
             link = socket.create_connection(address, REPLY_SECONDS)
         except OSError as error:
             raise NotCheckedError(f"there was no connection ({error})") from None
-        # An endpoint that accepts the version answers with a handshake record. Another one sends an
-        # alert, or closes the connection.
+        # An endpoint that accepts the version answers with a handshake record. Any other endpoint
+        # sends an alert, or closes the connection.
         with link, contextlib.suppress(OSError):
             link.sendall(hello)
             if link.recv(1) == HANDSHAKE_RECORD:
@@ -6178,7 +6228,8 @@ def judge_all(checks: Sequence[Check], target: Target, findings: dict[str, Findi
     alone = [check for check in checks if check.run is check_silent_connection]
     with ThreadPoolExecutor(8) as executor:
         list(executor.map(judge_one, [check for check in checks if check not in alone]))
-    list(map(judge_one, alone))
+    for check in alone:
+        judge_one(check)
 
 
 def stop(text: str) -> NoReturn:
@@ -6257,7 +6308,7 @@ def require_accepted_call(target: Target) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make each check a test; with `-m conformance`, also add Report to pytest's report."""
+    """Make each check a test; with `-m conformance`, also register Report with pytest."""
     if "check" not in metafunc.fixturenames:
         return
     config = metafunc.config
@@ -6342,7 +6393,7 @@ def test_conformance(check: Check, request: pytest.FixtureRequest) -> None:
     The first of these tests runs all selected checks. With `-m conformance`, it runs them against
     the endpoint that ENDPOINT names, and otherwise against our own receiver.
     """
-    names_an_endpoint = request.config.getoption("markexpr") == "conformance"
+    is_kit_run = request.config.getoption("markexpr") == "conformance"
     if not FINDINGS:
         items = [item for item in request.session.items if isinstance(item, pytest.Function)]
         selected: list[Any] = [
@@ -6350,7 +6401,7 @@ def test_conformance(check: Check, request: pytest.FixtureRequest) -> None:
             for item in items
             if hasattr(item, "callspec") and "check" in item.callspec.params
         ]
-        if names_an_endpoint:
+        if is_kit_run:
             target = target_from(os.environ)
             require_accepted_call(target)
             judge_all(selected, target, FINDINGS)
@@ -6358,12 +6409,12 @@ def test_conformance(check: Check, request: pytest.FixtureRequest) -> None:
             judge_our_receiver(selected)
     finding = FINDINGS[check.sentence]
     if finding.outcome == "not checked":
-        if names_an_endpoint or finding.text.startswith("OpenSSL on this machine"):
+        if is_kit_run or finding.text.startswith("OpenSSL on this machine"):
             pytest.skip(finding.text)
         # NoAlias does not support alias, and the demo key `segment` is very short.
         assert finding.text in ("alias is not in CALLS", "API_KEY is shorter than 8 characters")
     if finding.outcome == "broken":
-        if names_an_endpoint and check.level == "SHOULD" and os.environ.get("STRICT") != "1":
+        if is_kit_run and check.level == "SHOULD" and os.environ.get("STRICT") != "1":
             pytest.xfail(describe_broken(finding))
         pytest.fail(describe_broken(finding), pytrace=False)
 
@@ -6395,7 +6446,7 @@ PROOF_TARGET = Target(
     "https://faulty.example/",
     {"api": "kit-key-5f2c", "limited": "kit-limited-77d0", "expired": "kit-expired-0a91"},
 )
-# The types that each key permits, or None for all.
+# The types that each valid key permits, or None for all.
 PERMITTED_TYPES = {PROOF_TARGET.keys["api"]: None, PROOF_TARGET.keys["limited"]: {"identify"}}
 
 
@@ -6579,7 +6630,10 @@ def fault_replacing(status: int, reply: KitReply | int) -> Fault:
 
 
 def fault_crashing(call_type: str, condition: Callable[[dict[str, Any]], object]) -> Fault:
-    """A fault that crashes on authorized calls of a type ("any": of all) that meet a condition."""
+    """A fault that crashes on authorized calls that meet a condition.
+
+    `call_type` limits it to one type of call; "any" stands for every type.
+    """
 
     def fault(exchange: Exchange) -> int | None:
         call = exchange.call
@@ -7148,7 +7202,7 @@ FAULTS: dict[str, tuple[Fault, list[str]]] = {
         lambda x: 501 if x.request.method == "PUT" else None,
         ["GET, PUT and DELETE are answered with 405 or 404"],
     ),
-    "a refusal is labelled as text": (
+    "a refusal is labelled as HTML": (
         lambda x: (
             x.correct._replace(headers={"content-type": "text/html"}) if x.correct.body else None
         ),
@@ -7561,12 +7615,13 @@ def test_control_characters_of_a_reply_are_escaped() -> None:
 # ==================================================================================================
 # The project
 #
-# receiver.py needs nothing but Python, and `make certs` makes a certificate for localhost. What the
-# README says is right: its commands, tables, links and solutions, its WSGI application, and its
-# program for PostgreSQL.
+# receiver.py needs nothing but Python, and `make certs` makes a certificate for localhost. The
+# README is correct: its commands, tables and links, its solutions to the exercises, its WSGI
+# application, and its program for PostgreSQL.
 # ==================================================================================================
 
 README = (HERE / "README.md").read_text()
+# `make test` exports variables such as MAKEFLAGS, which would change what `make` does in a test.
 ENVIRONMENT_WITHOUT_MAKE = {
     name: value for name, value in os.environ.items() if not name.startswith("MAKE")
 }
@@ -8289,8 +8344,8 @@ def test_a_call_with_an_id_too_long_for_an_index_is_refused_and_the_rest_of_its_
                 destination: Any = running.endpoint.destination
                 queue = destination._queue
                 wait_until(lambda: len(destination._queue) == 6)
-                # The writer replaces `_queue` when it takes a batch. It has not done so in between,
-                # so all six calls will be one batch.
+                # The writer replaces `_queue` whenever it takes a batch. It is still the same list,
+                # so all six calls are in it, and will be one batch.
                 assert queue is destination._queue
             assert [each.result() for each in [blocked, *good]] == [200] * 6
             assert bad.result() == 400
