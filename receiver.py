@@ -15,15 +15,16 @@ customers, and forwards each call to your endpoint in an HTTPS request:
 
 Each customer who uses your service has an API key that you issued. The credentials in the
 Authorization header are this key, a colon and an empty password, encoded in base64; here, they
-encode `segment:`. Segment documents the keys of the JSON object in snake_case, but also sends other
-casings. In this file, the sender is whatever program sends these requests; it need not be Segment.
+encode `segment:`. Segment's documentation writes the names in the JSON object in snake_case, but
+Segment also sends other casings. In this file, the sender is whatever program sends these requests;
+it need not be Segment.
 
 Segment acts on the status code of the reply, which it expects within about five seconds:
 
     200 and 202                                delivered; Segment keeps no copy
     408, 429, 5xx except 501 and 505           retried for about four hours
     no reply                                   retried for about four hours
-    501, 505 and all other 4xx                 dropped for good
+    all other 4xx, 501 and 505                 dropped for good
 
 202 means that the call is stored, but not yet processed. Do not redirect: Segment does not follow
 redirects. A reply of 200 or 202 to a call has no body. An error reply may have a JSON object as its
@@ -147,12 +148,12 @@ class Refusal(Exception):  # noqa: N818 - a normal answer, not an error in the p
     """Raised to refuse a request, with a status code, a message, and perhaps headers.
 
     The status code alone decides whether the sender retries the call or drops it; the customer
-    reads the message. Use 503 for a temporary problem: after a 400, the call would be lost. Use 400
-    for a call that can never succeed: after a 503, it would be retried for hours.
+    reads the message. For a temporary problem, use 503; a 400 would lose the call. For a call that
+    can never succeed, use 400; a 503 would have it retried for hours.
     """
 
-    # Defaults for a subclass whose constructor does not call this one. A status of 0 is invalid, so
-    # `error_reply` treats the exception as an internal error.
+    # Defaults for a subclass whose constructor does not call `Refusal.__init__`. If the status is
+    # still 0, which is invalid, `error_reply` treats the exception as an internal error.
     status = 0
     message = "Internal error"
     headers: Mapping[str, str] = {}
@@ -165,8 +166,8 @@ class Refusal(Exception):  # noqa: N818 - a normal answer, not an error in the p
         """
         if not 400 <= status <= 599:
             raise ValueError(f"status must be from 400 to 599, not {status}")
-        for header in (headers or {}).items():
-            text = ": ".join(header)
+        for name, value in (headers or {}).items():
+            text = ": ".join((name, value))  # raises TypeError unless both are strings
             if not (text.isascii() and text.isprintable()):
                 raise ValueError(f"headers must be printable ASCII, not {short_repr(text)}")
         super().__init__(status, message)
@@ -451,10 +452,11 @@ def parse_body(body: bytes) -> dict[str, Any]:
 
 
 def parse_settings(encoded: str) -> dict[str, Any]:
-    """Return the customer's settings from X-Segment-Settings: a JSON object, encoded in base64.
+    """Return what the customer has entered for this destination in Segment, besides the API key.
 
-    Its keys are converted to snake_case. No header, an empty one, `null` and `[]` all mean that
-    there are no settings. Raises Refusal 400 for anything else that is not an object.
+    These settings arrive in the header X-Segment-Settings, as a JSON object that is encoded in
+    base64. Its keys are converted to snake_case. No header, an empty one, `null` and `[]` all mean
+    that there are no settings. Raises Refusal 400 for anything else that is not an object.
     """
     if not encoded:
         return {}
@@ -501,13 +503,14 @@ def parse_json(data: bytes, label: str) -> Any:
         # The exact position depends on the parser; another implementation need not reproduce it.
         position = error.pos + 1
         raise Refusal(400, f"{label} must be JSON: syntax error at character {position}") from None
-    except ValueError as error:  # from a function below; its message completes this one
+    except ValueError as error:
+        # One of the functions below has raised it. Its message names what was found.
         raise Refusal(400, f"{label} must not contain {error}") from None
     return value
 
 
-# Matches a part of a JSON text that does not affect the nesting depth: a string with everything in
-# it, even brackets, and even if it is never closed; or a run of characters other than brackets and
+# Matches a part of a JSON text that does not affect the nesting depth: a whole string, including
+# any brackets in it, whether or not it is closed; or a run of characters other than brackets and
 # quotation marks. The possessive quantifiers never backtrack, so even invalid JSON takes only
 # linear time.
 NOT_NESTING = re.compile(r'"(?:[^"\\]|\\.)*+"?|[^\[\]{}"]++', re.DOTALL)
@@ -616,10 +619,10 @@ def recognize_fields(raw: dict[str, Any]) -> dict[str, Any]:
     `snake_keys` does not change spellings such as `userid`. They are recognized by ignoring case,
     underscores, hyphens and spaces.
 
-    If a field occurs in several spellings, the first one whose value is not null gets the
-    protocol's name, where the protocol's own spelling counts as the first. The spellings after it
-    keep their keys, and a null before it is dropped. A renamed field moves to the end, or takes the
-    position of the null that it replaces.
+    If a field occurs in several spellings, only one gets the protocol's name: the protocol's own
+    spelling if its value is not null, or else the first other spelling whose value is not null.
+    Later spellings keep their keys; a null that was passed over is dropped. A renamed field moves
+    to the end, or takes the position of a null under the protocol's name.
     """
     # The keys of FIELD_CHECKS, below, are the protocol's names of all fields.
     other_keys = [key for key in raw if key not in FIELD_CHECKS]
@@ -642,7 +645,7 @@ class CallType(NamedTuple):
     """What one type of call passes to its handler, and which field it must have."""
 
     # The fields that the handler receives, in this order, followed by the Call itself. A field that
-    # is listed for some types, but not for this one, is ignored.
+    # appears only in the arguments of other types is ignored.
     arguments: tuple[str, ...]
 
     # A field that must be present and not empty, or "" if there is none. In addition, every call
@@ -718,7 +721,7 @@ class Call:
 
     A field keeps its default, which is {} for traits, properties and context, unless the call gives
     it a value. Null, an empty id and an empty time count as missing. A field that this type of call
-    does not use is ignored, and so is one that is invalid and in IGNORED_IF_INVALID. The message_id
+    does not use is ignored. So is an invalid value of a field in IGNORED_IF_INVALID. The message_id
     and the timestamp are always filled in.
 
     Times are text in UTC, in the form 2026-01-15T09:41:07.250Z; sorting this text sorts the times.
@@ -789,7 +792,7 @@ def parse_call(
         if value is None or name not in checks:
             continue
         try:
-            checked_value = checks[name](value)
+            checked_value = checks[name](value)  # as it is stored in the Call
         except ValueError as error:
             if name in IGNORED_IF_INVALID:
                 continue
@@ -885,13 +888,13 @@ def parse_time(value: Any) -> str:
     message = "must be an ISO 8601 time"
     if not isinstance(value, str):
         raise ValueError(message)
-    needs_no_change = UTC_TIME.fullmatch(value)
-    if not needs_no_change and not ISO_8601.fullmatch(value):
+    is_in_final_form = UTC_TIME.fullmatch(value)  # the usual case, which saves the slower pattern
+    if not is_in_final_form and not ISO_8601.fullmatch(value):
         raise ValueError(message)
     try:
-        # This also refuses dates such as 2026-02-30, in either form.
+        # `fromisoformat` refuses dates that do not exist, such as 2026-02-30, and a lower-case z.
         moment = datetime.fromisoformat(value.upper())
-        if needs_no_change:
+        if is_in_final_form:
             return value
         if moment.tzinfo is not None:
             moment = moment.astimezone(UTC)
@@ -964,8 +967,8 @@ def dispatch(handler: Callable[..., Any], call: Call) -> int:
 #
 # It replaces `key_digest` and `snake_case` with cached versions, and `snake_keys` with a version
 # that returns an object as it is if all its keys are known to be in snake_case. The replacements
-# accept only positional arguments; to keep the signatures the same, the originals do so, too (`/`).
-# Their callers need no change, because Python looks up a global name at each call. But `DECODER` is
+# accept only positional arguments, so the originals are declared with `/` to do the same. Their
+# callers need no change, because Python looks up a global name at each call. But `DECODER` is
 # made again, because the first one holds the old `snake_keys`.
 
 MAX_CACHED_LENGTH = 100  # characters; longer texts could fill the memory
@@ -1002,10 +1005,10 @@ snake_case = ShortTextCache(snake_case).__getitem__
 def skip_if_snake_case(
     convert: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return a version of `convert`, which is `snake_keys`, that does less.
+    """Wrap `snake_keys`, so that it skips objects that need no conversion.
 
-    It returns an object as it is if all its keys are known to be in snake_case. Such a key becomes
-    known when it is first seen, unless it is too long.
+    An object is returned as it is if all its keys are known to be in snake_case. A key in
+    snake_case becomes known when it is first seen, unless it is too long.
     """
     known_snake_case: set[str] = set()
 
@@ -1087,7 +1090,7 @@ class GroupCommit(Destination):
         """Prepare the queue. The first call that is submitted starts the writer."""
         self._is_open = False  # used by the writer only
         self._writer = threading.Thread(target=self._run, name="writer", daemon=True)
-        self._changed = threading.Condition()  # guards the attributes below
+        self._changed = threading.Condition()  # guards `failed` and the attributes below
         self._queue: list[QueuedCall] = []
         self._queued_bytes = 0
         self._closing = False
@@ -1229,6 +1232,7 @@ class GroupCommit(Destination):
             return [error] if len(batch) == 1 else self._write_one_by_one(batch)
         if len(outcomes) != len(batch):
             message = f"write returned {len(outcomes)} outcomes for {len(batch)} calls"
+            # Each call gets its own exception, because `submit` raises it without copying it.
             return [
                 TypeError(message) for _ in batch
             ]  # not one, because `submit` raises it as it is
@@ -1270,14 +1274,14 @@ GROUP_ID = """case json_type(call, '$.group_id')
 
 
 def merged_traits(condition: str) -> str:
-    """Return SQL for the merged traits of a user or an account (a group), as one JSON object.
+    """Return SQL for the merged traits of a user, or of a group in the view `accounts`.
 
-    Each trait takes its value, which may be null, from the newest call that contains it; of equally
-    new calls, the one received last counts. A trait whose name contains NUL is left out, because
-    SQLite would truncate the name.
+    The traits are one JSON object. Each trait takes its value, which may be null, from the newest
+    call that contains it; of equally new calls, the one received last counts. A trait whose name
+    contains NUL is left out, because SQLite would truncate the name.
 
-    The condition selects the calls of one user or account: in it, `c` is a call, and `owner` is the
-    row of the surrounding query.
+    The SQL is a subquery for a view, which must give its own row the alias `owner`. The condition
+    selects the calls that belong to this row. It refers to a call as `c`.
     """
     return rf"""(
     -- Without `materialized`, SQLite would sort a copy of the whole call for each trait.
@@ -1291,6 +1295,7 @@ def merged_traits(condition: str) -> str:
                 c.call -> trait.fullkey,
                 case
                     when trait.type in ('object', 'array') then trait.value
+                    -- The names of these types are also their JSON, while the value of true is 1.
                     when trait.type in ('true', 'false', 'null') then trait.type
                     else json_quote(trait.value)
                 end
@@ -1300,9 +1305,9 @@ def merged_traits(condition: str) -> str:
         from calls as c, json_each(c.call, '$.traits') as trait
         where {condition}
             and trait.key is not null -- if `traits` is null, json_each gives a row without a key
-            -- Leave out names that contain NUL, which fullkey writes as \u0000. It also doubles
-            -- each backslash, so a harmless name with a backslash before u0000 becomes \\u0000,
-            -- which contains \u0000. Removing every \\ first keeps that name from matching.
+            -- Leave out names that contain NUL. `fullkey` writes NUL as \u0000, and a backslash as
+            -- \\. So a name that contains the six characters \u0000, but no NUL, appears there as
+            -- \\u0000. Removing every \\ first keeps such a name from matching.
             and instr(replace(trait.fullkey, '\\', ''), '\u0000') = 0
     )
     select json_group_object(name, json(value)) from (
@@ -1437,8 +1442,8 @@ def call_row(call: Call) -> dict[str, str | None]:
     """Return the row that stores a call: a mapping from column names to values.
 
     For a `delete` call, only the type, the ids and the times are stored. If its timestamp is in the
-    future, the column `timestamp` gets the current time instead. Otherwise, the user's calls
-    between now and that timestamp would not be stored.
+    future, the column `timestamp` gets the current time instead, because such a delete would also
+    discard the calls that the user makes until then.
     """
     received_at = utc_now()
     timestamp = call.timestamp
@@ -1528,7 +1533,8 @@ class Store(GroupCommit):
 
         Waiting for the reader would hold up calls. Instead, `write` tries again after each batch
         until this succeeds. If no further batch follows, SQLite removes the WAL when the last
-        connection to the database is closed, or else the first batch of the next run truncates it.
+        connection to the database is closed. If the program ends without closing it, the first
+        batch of the next run truncates the WAL.
         """
         with contextlib.suppress(sqlite3.Error):
             self._db.execute("pragma busy_timeout = 0")
@@ -1691,8 +1697,8 @@ SHORTAGE_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 # If two programs disagree about where a request ends, one request can be smuggled inside another.
 # Python's own parser, in `http.server`, accepts requests that other parsers read differently. So
 # this section follows RFC 9112 strictly in everything that decides where a request ends. It refuses
-# whatever does not conform, and the connection closes. It leaves unchecked whatever does not affect
-# a decision, such as the value of the Host header.
+# whatever does not conform, and the connection closes. It does not check what the receiver never
+# uses, such as the value of the Host header.
 
 MAX_TARGET = 8192  # bytes
 MAX_HEAD = 65_536  # bytes
@@ -1813,9 +1819,10 @@ def origin_form(target: str) -> str:
 # ---- Speed ---------------------------------------------------------------------------------------
 #
 # Requests that a sender makes with one API key usually have heads that differ only in their
-# Content-Length. So this section caches recently parsed heads, under their text with that number
-# replaced by 0. A hit saves more than half of the time it takes to parse a head. Deleting this
-# section would not change any reply. Requests share the cached headers, so do not modify them.
+# Content-Length. So this section caches recently parsed heads. The key of the cache is the text of
+# the head, with its Content-Length replaced by 0. A hit saves more than half of the time it takes
+# to parse a head. Deleting this section would not change any reply. Requests share the cached
+# headers, so do not modify them.
 
 MAX_CACHED_HEADS = 1024
 MAX_CACHED_HEAD_LENGTH = 2000  # bytes
@@ -1823,10 +1830,10 @@ MAX_CACHED_HEAD_LENGTH = 2000  # bytes
 
 def with_head_cache(parse: Callable[[str], Head]) -> Callable[[str], Head]:
     """Wrap `parse_head` in a cache that ignores the Content-Length."""
-    cached_parse = lru_cache(MAX_CACHED_HEADS)(parse)
+    parse_once = lru_cache(MAX_CACHED_HEADS)(parse)
 
     @wraps(parse)
-    def parse_cached(head: str, /) -> Head:
+    def parse_with_cache(head: str, /) -> Head:
         before, name, after = head.partition("\r\nContent-Length: ")
         digits, line_end, rest = after.partition("\r\n")
         # Cache only a head that is short, to limit the memory, and that has the Content-Length in
@@ -1837,10 +1844,10 @@ def with_head_cache(parse: Callable[[str], Head]) -> Callable[[str], Head]:
             or not (digits.isascii() and digits.isdigit())
         ):
             return parse(head)
-        cached = cached_parse(f"{before}{name}0{line_end}{rest}")
+        cached = parse_once(f"{before}{name}0{line_end}{rest}")
         return cached._replace(length=int(digits))
 
-    return parse_cached
+    return parse_with_cache
 
 
 parse_head = with_head_cache(parse_head)
@@ -2004,6 +2011,7 @@ class Connection(BaseRequestHandler):
         """
         text = self.read_head()
         self.has_received_head = True
+        # Known before the head is parsed, because even a refused HEAD request must get no body.
         self.method = text.partition(" ")[0]
         head = parse_head(text)
         self.close_connection = not head.keep_alive
@@ -2100,8 +2108,9 @@ class Connection(BaseRequestHandler):
         """Let the client read the last reply before the connection closes.
 
         Closing with unread input sends a reset, which could destroy the reply before the client has
-        read it. So shut down the sending side, and read until the client closes, too. No read
-        starts more than LINGER seconds after the first, and each times out after LINGER seconds.
+        read it. So shut down the sending side, and read until the client closes, too. This takes at
+        most twice as long as LINGER: no read starts later than LINGER seconds after the beginning,
+        and each read times out after LINGER seconds.
         """
         end = time.monotonic() + LINGER
         self.deadline = math.inf  # this method ends by itself
@@ -2135,9 +2144,10 @@ class Connection(BaseRequestHandler):
         """Make the thread of this connection end. Called by other threads, and by `setup`.
 
         The first call shuts down reading, which wakes up the thread. That thread then has LINGER
-        seconds for a last reply. If it is not done then, the accept thread calls this again, which
-        shuts down writing as well. (During `stop`, it has already ended, so it does not.) Both
-        calls bypass TLS, because two threads must not use the TLS object at the same time.
+        seconds for a last reply. If it has not finished by then, the accept thread calls this
+        again, which shuts down writing as well. (During `stop`, there is no second call, because
+        the accept thread has already ended.) Both calls bypass TLS, because two threads must not
+        use the TLS object at the same time.
         """
         how = socket.SHUT_RDWR if self.hung_up else socket.SHUT_RD
         self.hung_up = True
@@ -2152,7 +2162,7 @@ def check_partial_head(buffer: bytearray, resume_at: int) -> None:
     A client that ends its lines with bare line feeds never sends the end of a head, so it must be
     told early. The search for line feeds starts at `resume_at`; earlier bytes were searched before.
     """
-    if BARE_LF.search(buffer, resume_at):  # also sees whether a CR precedes `resume_at`
+    if BARE_LF.search(buffer, resume_at):  # the lookbehind sees a CR before `resume_at`
         raise Refusal(400, "Malformed line; every line must end in CR LF")
     if len(buffer) > MAX_HEAD + 3:  # 3 bytes may belong to the CR LF CR LF that ends the head
         raise Refusal(431, f"Request head must be at most {MAX_HEAD} bytes long")
@@ -2225,7 +2235,7 @@ class Keyring:
     def _read(self) -> dict[str, Key]:
         """Return the keys in the file, or raise ConfigurationError: see `__init__`."""
         _, keys = read_keys_file(self.path)
-        has_demo_key = not DEMO_DIGESTS.isdisjoint(keys)
+        has_demo_key = any(digest in keys for digest in DEMO_DIGESTS)
         if has_demo_key and not self.allow_demo_keys:
             raise ConfigurationError(
                 f"{self.path} contains a demo key, which is public: use a loopback address for"
@@ -2414,9 +2424,10 @@ class LogBuffer(logging.Handler):
         dropped += unwritten.count(b"\n")
         if not dropped:
             return
-        if not unwritten:  # after a failed write, do not even try to write the notice
-            unwritten = self._write_to_stream(f"{utc_now()} Log lines dropped: {dropped}\n")
-        if unwritten:
+        # After a failed write, do not even try to write the notice.
+        notice = f"{utc_now()} Log lines dropped: {dropped}\n"
+        notice_is_written = not unwritten and not self._write_to_stream(notice)
+        if not notice_is_written:
             with self._guard:
                 self._dropped += dropped  # for a later notice
 
@@ -2523,10 +2534,9 @@ def json_or_repr(value: object) -> str:
 #   Server.tls_context           accept thread               connection threads, once each
 #   Server.reload_requested      main and accept thread      accept thread
 #   Server.stopping              stop()                      stop(), accept and connection threads
-#   Server.on_failure            main thread                 accept thread; if it fails before the
-#                                                            main thread has set this, the main
-#                                                            thread still notices, because it checks
-#                                                            Server.failed right afterwards
+#   Server.on_failure            main thread                 accept thread; in case that has failed
+#                                                            before, the main thread checks
+#                                                            Server.failed right after setting this
 #   Server.failed                accept thread               main thread
 #   Destination.failed           writer of a GroupCommit     accept and connection threads
 #   Keyring.keys                 accept thread               accept and main thread
@@ -2618,7 +2628,8 @@ class Server(ThreadingTCPServer):
     def _accept(self) -> None:
         """Accept connections until `stop` is called. Runs in the accept thread.
 
-        If an exception ends it earlier, it sets `failed`, stops listening, and calls `on_failure`.
+        If an exception ends the loop earlier, this method sets `failed`, stops listening, and calls
+        `on_failure`.
         """
         try:
             self.serve_forever(poll_interval=0.1)
@@ -2889,7 +2900,7 @@ def serve(destination: Destination | None = None, **options: Any) -> Server:
 
 
 def main(destination: Destination | None = None) -> None:
-    """Run as a command-line program: serve until SIGTERM or SIGINT, or add an API key.
+    """Run as a command-line program, which either serves until it is stopped or adds an API key.
 
     Exits with status 2 after a ConfigurationError, which is printed, and with 1 if the receiver
     fails.
@@ -3021,7 +3032,7 @@ def make_parser(destination: Destination | None) -> Parser:
         metavar="SECONDS",
         type=number_between(float, 0.1, 86_400),
         default=10,
-        help="time limit for a whole request to arrive (default: %(default)s)",
+        help="time limit for receiving a whole request (default: %(default)s)",
     )
     add(
         "--keep-alive",
@@ -3054,8 +3065,8 @@ def add_command_options(parser: Parser) -> None:
     add(
         "--add-key",
         metavar="CUSTOMER",
-        help="make an API key for CUSTOMER, add its digest to the file given by --api-keys (which"
-        " has no default here), print the key, and exit",
+        help="make an API key for CUSTOMER, add its digest to the file given by --api-keys"
+        " (required with --add-key), print the key, and exit",
     )
     add(
         "--calls",
@@ -3302,7 +3313,7 @@ def startup_hint(server: Server) -> str:
         lines.append("    " + shlex.join(["sqlite3", options.database, query]))
     else:
         lines.append(f"Calls go to {type(server.endpoint.destination).__name__}.")
-    has_demo_key = not DEMO_DIGESTS.isdisjoint(server.keyring.keys)
+    has_demo_key = any(digest in server.keyring.keys for digest in DEMO_DIGESTS)
     if has_demo_key:
         lines.append(f"Warning: {options.api_keys} contains demo keys, which are public.")
         lines.append("Make a key of your own, in a new file:")
@@ -3322,8 +3333,8 @@ def find_sample_call(destination: Destination) -> str:
 
 def curl_command(server: Server, sample_path: str) -> str:
     """Return a shell command that posts a sample call to this server."""
-    accepts_segment = hashlib.sha256(b"segment").hexdigest() in server.keyring.keys
-    login = "segment:" if accepts_segment else "YOUR_API_KEY:"
+    accepts_demo_key = hashlib.sha256(b"segment").hexdigest() in server.keyring.keys
+    login = "segment:" if accepts_demo_key else "YOUR_API_KEY:"
     command = ["curl", "-i", "--cacert", server.options.tls_cert, "-u", login, server.url]
     command += ["-H", "Content-Type: application/json", "-d", f"@{sample_path}"]
     return shlex.join(command)

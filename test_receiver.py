@@ -248,7 +248,7 @@ def request(
     api_key: str | None = "segment",
     length: object = None,
 ) -> bytes:
-    """A request as bytes. `lines` are further header lines, and `host` is a whole one.
+    """A request as bytes. `lines` are additional header lines; `host` is a header line, too.
 
     Without a call, there is no body, and no Content-Length unless a `length` is given.
     """
@@ -345,7 +345,7 @@ class RunningReceiver(contextlib.AbstractContextManager["RunningReceiver"]):
         return len(self.log)
 
     def lines_after(self, position: int, pattern: str) -> list[str]:
-        """Wait until the log, from a position on, matches a pattern; return its lines from there.
+        """Wait until the log after this position matches a pattern, and return the lines after it.
 
         The marker calls of `flush_log` are left out.
         """
@@ -615,8 +615,8 @@ def test_without_the_sections_about_speed_every_answer_is_the_same() -> None:
         for _ in range(2):  # the second reply uses what the first one has cached
             fast = ask_record(record, FixtureDestination())
             plain = ask_record(record, FixtureDestination(), module)
-            # Replies to internal errors would never be equal, because they have an exception. But
-            # no record leads to one.
+            # Two replies to internal errors are never equal, because each has its own exception.
+            # But no record causes an internal error.
             assert fast == plain
 
 
@@ -653,8 +653,8 @@ def test_no_status_in_refused_json_is_one_that_segment_retries(status: int) -> N
 # ---- The ladder ----------------------------------------------------------------------------------
 
 # `receiver.answer` checks a request in a fixed order, rung by rung. For each outcome of rungs 2 to
-# 11, in that order, here are a request and the status of its reply. Rung 1, and a body that does
-# not arrive, are tested in Part 3.
+# 11, in that order, this table has a request and the status of its reply. Rung 1, which parses the
+# head, is tested in Part 3, and so is a body that does not arrive.
 LADDER: dict[str, tuple[dict[str, Any], int]] = {
     "an unknown path": ({"target": "/elsewhere"}, 404),
     "an unsupported method": ({"method": "PUT"}, 405),
@@ -697,7 +697,7 @@ def fault_pairs() -> dict[str, tuple[str, str]]:
     for first, second in itertools.combinations(LADDER, 2):
         first_changes, first_status = LADDER[first]
         second_changes, second_status = LADDER[second]
-        # Only the last two rows are no faults, so the first of a pair always is one.
+        # All rows but the last two are faults. So if the second is a fault, the first is one, too.
         fit_together = not first_changes.keys() & second_changes.keys()
         if fit_together and second_status >= 400 and first_status != second_status:
             pairs[f"{first} before {second}"] = (first, second)
@@ -856,7 +856,7 @@ def test_an_expired_key_gets_the_message_that_segment_documents() -> None:
     assert reply.body == {"message": "API token expired"}
 
 
-def test_the_customer_of_an_expired_key_is_known_to_the_log() -> None:
+def test_a_reply_to_an_expired_key_names_its_customer() -> None:
     assert ask(authorization=basic("segment-expired")).customer == "lapsed"
 
 
@@ -915,9 +915,7 @@ def test_the_content_encoding_identity_may_be_in_upper_or_lower_case() -> None:
 
 # ---- Rung 7: the body ----------------------------------------------------------------------------
 
-# Each of these is 499 levels deep, so inside an object, it reaches the limit of 500. `parse_json`
-# determines the depth only if a text has more than 500 opening brackets, so the texts with 500
-# levels also contain an empty array, whose bracket is the 501st.
+# Each of these is 499 levels deep; inside an object, it reaches the limit of 500.
 DEEP_ARRAYS = "[" * 499 + "]" * 499
 DEEP_OBJECTS = '{"a":' * 499 + "0" + "}" * 499
 
@@ -927,8 +925,8 @@ LONG_KEY = "x" * 150  # too long for the caches
 def repr_of_parsed(text: str) -> str:
     """Parse JSON, and return the repr of the value.
 
-    It is the repr because `==` cannot tell 7 from 7.0, or 0.0 from -0.0. The text is parsed twice,
-    because the second time, its keys come from the caches.
+    The tests compare reprs, because `==` cannot tell 7 from 7.0, or 0.0 from -0.0. The text is
+    parsed twice, because the second time, its keys come from the caches.
     """
     first, second = (receiver.parse_json(text.encode(), "It") for _ in range(2))
     assert repr(first) == repr(second)
@@ -975,6 +973,8 @@ def test_only_nested_brackets_count_towards_the_depth(text: str, value: object) 
     assert repr_of_parsed(text) == repr(value)
 
 
+# `parse_json` determines the depth only of a text with more than 500 opening brackets. The empty
+# array in "b" has the 501st.
 @cases(
     "text, value",
     {
@@ -1005,9 +1005,9 @@ def test_json_may_be_nested_500_levels_deep(text: str, value: object) -> None:
             '{"a_b": 2, "aB": 1, "A-B": 3}',
             {"a_b": 2, "aB": 1, "A-B": 3},
         ),
-        # 𝐂 is a capital letter that has no lower-case form. So "A𝐂" would become "a𝐂", which is
-        # the third key, and "a𝐂" would become "a_𝐂", which is the first.
-        "keys with a capital letter that has no lower-case form": (
+        # "A𝐂" would become "a𝐂", and "a𝐂" would become "a_𝐂", because 𝐂 has no lower-case form.
+        # Both names are taken by other keys, so nothing is renamed.
+        "keys whose new names are taken, one of them by a key that would be renamed itself": (
             '{"a_𝐂": 1, "A𝐂": 2, "a𝐂": 3}',
             {"a_𝐂": 1, "A𝐂": 2, "a𝐂": 3},
         ),
@@ -1034,7 +1034,7 @@ def refusal_of_json(data: bytes) -> str:
 @cases(
     "data",
     {
-        "an open object": b"{",
+        "an unclosed object": b"{",
         "two objects": b"{} {}",
         "a letter after an object": b"{}X",
         "single quotes": b"{'a': 1}",
@@ -1047,8 +1047,8 @@ def refusal_of_json(data: bytes) -> str:
         "an unknown escape": rb'{"a": "\x41"}',
         "a no-break space": b"\xc2\xa0{}",
         "a comment": b"// no\n{}",
-        "brackets without end": b"[" * 500,
-        "objects without end": b'{"a":' * 500,
+        "500 unclosed arrays": b"[" * 500,
+        "500 unclosed objects": b'{"a":' * 500,
         "UTF-16 without a byte-order mark: valid UTF-8, but with NULs": b"{\0}\0",
     },
 )
@@ -1220,8 +1220,8 @@ def test_a_key_in_snake_case_is_left_alone(key: str) -> None:
 def test_the_caches_for_keys_in_snake_case_have_a_limit() -> None:
     for number in range(2 * receiver.MAX_CACHED_TEXTS):
         receiver.snake_keys({f"in_snake_case_{number}": 0, f"toConvert{number}": 0})
-    # `snake_case` is a method of a dictionary, the cache. The set of known keys is a variable in
-    # the closure of `snake_keys`.
+    # `receiver.snake_case` is the bound `__getitem__` of its cache, so `__self__` is that cache.
+    # `snake_keys` keeps the keys that need no change in a set in its closure.
     cache: Any = receiver.snake_case.__self__  # type: ignore[attr-defined]
     known = inspect.getclosurevars(receiver.snake_keys).nonlocals["known_snake_case"]
     assert 0 < len(cache) <= receiver.MAX_CACHED_TEXTS
@@ -1536,7 +1536,8 @@ def test_a_refusal_with_unusual_attributes_still_gets_a_reply(
 # Part 2. Storing calls
 #
 # First the transactions that waiting calls share, then what the default store keeps, and last the
-# promise that a 200 makes. Most of it needs files, but no network; crashes need processes.
+# promise that a 200 makes. Most of these tests need files, but no network. Those that crash a
+# receiver run it in a separate process.
 # ==================================================================================================
 
 # ---- GroupCommit ---------------------------------------------------------------------------------
@@ -1628,7 +1629,7 @@ def hold_up_writer(
 
 def let_one_write_finish(destination: RecordingGroupCommit) -> None:
     """Let the write that is held up return, and hold up the next one."""
-    destination.go_on.set()  # wakes the write that waits, even though it is cleared at once
+    destination.go_on.set()  # wakes the waiting write, even though clear() follows at once
     destination.go_on.clear()
 
 
@@ -1794,7 +1795,7 @@ def test_a_write_that_returns_nothing_is_500_and_the_writer_goes_on(
 @cases(
     "error, status",
     {
-        "open raises a Refusal, which is the reply": (receiver.Refusal(507, "No space"), 507),
+        "open raises a Refusal, which decides the reply": (receiver.Refusal(507, "No space"), 507),
         "open raises something else, which leads to 503": (OSError("down"), 503),
     },
 )
@@ -1849,9 +1850,10 @@ def test_the_time_limits_fit_into_the_five_seconds_that_the_sender_waits() -> No
 
 
 def test_a_graceful_shutdown_has_enough_time_before_the_exit_is_forced() -> None:
-    connections = receiver.SHUTDOWN_GRACE + receiver.REPLY_GRACE
-    log = 1  # second
-    assert connections + receiver.STORE_TIMEOUT + log < receiver.FORCED_EXIT_AFTER
+    connection_seconds = receiver.SHUTDOWN_GRACE + receiver.REPLY_GRACE
+    log_seconds = 1  # how long closing the log waits for its thread
+    total = connection_seconds + receiver.STORE_TIMEOUT + log_seconds
+    assert total < receiver.FORCED_EXIT_AFTER
 
 
 def send_and_expect_a_prompt_reply(
@@ -2204,6 +2206,7 @@ def test_each_member_of_an_account_is_counted_once(store: FileStore) -> None:
     assert save_and_find(store, calls, query) == "[[2]]"
 
 
+# As doubles, the last two would be equal.
 @pytest.mark.parametrize("number", [7, 12345678901234567890, 12345678901234567891])
 def test_a_group_id_that_is_an_integer_is_found_as_its_decimal_text(
     store: FileStore, number: int
@@ -2215,7 +2218,8 @@ def test_a_group_id_that_is_an_integer_is_found_as_its_decimal_text(
 @cases(
     "calls, query, expected",
     {
-        # This view counts the customers and events that end Segment's private beta.
+        # Segment keeps an integration in private beta until it has enough customers or events.
+        # This view counts both.
         "private_beta": (
             [track(), track(customer="acme"), {"call_type": "delete", "customer": "gone"}],
             "select customers, events, fulfilled from private_beta",
@@ -2309,7 +2313,7 @@ def test_ten_thousand_traits_of_a_user_are_merged_within_two_seconds(
     traits = {f"trait_{number}": number * 1.1 for number in range(10_000)}
     assert store.save(traits=traits).status == 200
     seconds = []
-    for _ in range(3):  # the best of three, because other programs slow down the caches
+    for _ in range(3):  # the best of three, because other programs compete for the CPU's caches
         started = time.thread_time()
         [(merged,)] = store.find("select traits from users")
         seconds.append(time.thread_time() - started)
@@ -2326,7 +2330,7 @@ def test_ten_thousand_traits_of_a_user_are_merged_within_two_seconds(
         "10 customers": (10, 10, 1),
     },
 )
-def test_the_private_beta_needs_10_customers_or_more_than_20_million_events(
+def test_private_beta_is_fulfilled_by_10_customers_or_by_more_than_20_million_events(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     customers: int,
@@ -2395,7 +2399,9 @@ def test_a_second_delete_is_stored_only_if_it_is_newer(
 
 
 def test_a_retried_delete_removes_nothing_that_came_after_it(store: FileStore) -> None:
-    in_the_future = delete("2999-01-01", message_id="d")  # takes effect as of its arrival
+    # Dated in the future, it counts as of its arrival. If it were applied again, it would remove
+    # the later call, too.
+    in_the_future = delete("2999-01-01", message_id="d")
     assert store.save(**in_the_future).outcome == "stored"
     time.sleep(0.002)  # a later millisecond
     store.save(**track(message_id="later", timestamp=receiver.utc_now()))
@@ -2404,7 +2410,7 @@ def test_a_retried_delete_removes_nothing_that_came_after_it(store: FileStore) -
     assert store.find("select count(*) from calls where message_id = 'later'") == [(1,)]
 
 
-def test_a_duplicate_dated_before_a_delete_counts_as_duplicate_and_not_as_forgotten(
+def test_a_retry_with_a_timestamp_older_than_a_delete_is_a_duplicate_and_not_forgotten(
     store: FileStore,
 ) -> None:
     store.save(**track(message_id="m1", timestamp=DAY_3))
@@ -2470,8 +2476,9 @@ def test_any_order_of_calls_and_deletes_with_retries_leaves_the_same_calls(
     store.close()
     left = store.find("select message_id from calls where type <> 'delete' order by 1")
     assert left == LEFT_AT_THE_END
-    deletes = "select user_id, max(timestamp) from calls where type = 'delete' group by 1"
-    assert store.find(deletes) == [
+    # The older delete of u1 is stored only if it arrives before the newer one.
+    newest_deletes = "select user_id, max(timestamp) from calls where type = 'delete' group by 1"
+    assert store.find(newest_deletes) == [
         ("u1", "2026-01-04T00:00:00.000Z"),
         ("u3", "2026-01-01T00:00:00.000Z"),
     ]
@@ -2506,8 +2513,8 @@ def test_a_delete_does_not_wait_for_a_reader_and_the_next_call_clears_the_wal(
 
 
 def test_the_wal_shrinks_again_after_a_long_running_reader(store: FileStore) -> None:
-    # The first batch of a store truncates the WAL explicitly. Get that over with, so that only
-    # SQLite's journal_size_limit can make the WAL shrink below.
+    # The first batch of a store truncates the WAL explicitly. Do that now, so that from here on,
+    # only SQLite's journal_size_limit can shrink the WAL.
     store.save(message_id="before")
     with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as reader:
         reader.execute("begin")
@@ -2656,7 +2663,9 @@ def test_calls_that_wait_together_share_one_transaction(
 def test_a_call_waits_for_a_lock_even_after_the_wal_was_truncated(
     store: FileStore, pool: ThreadPoolExecutor
 ) -> None:
-    assert store.save().status == 200  # the first batch truncates the WAL
+    # The first batch truncates the WAL, for which it sets SQLite's busy timeout to 0. Afterwards,
+    # the timeout must be as before.
+    assert store.save().status == 200
     statements: list[str] = []
     store._db.set_trace_callback(statements.append)
     with locked(store.path):
@@ -2769,7 +2778,7 @@ def test_after_kill_9_every_acknowledged_call_is_there_once(tmp_path: Path) -> N
         assert rows(process.database, "pragma integrity_check") == [("ok",)]
 
         for message_id in found[:200]:  # sending them again changes nothing
-            # Retry after a 503, as above.
+            # Here, too, a disk that stalls may cause a 503.
             call = request({**TRACK, "message_id": message_id})
             wait_until(lambda call=call: client.status(call) == 200)  # type: ignore[misc]
         assert sorted(process.message_ids()) == found
@@ -2854,8 +2863,8 @@ ARABIC_5 = "\xd9\xa5"
 SUPERSCRIPT_2 = "\xb2"
 
 # Heads that are refused, with the status and the beginning of the message. By default, `head` sends
-# Host and Authorization first, so the first line that is passed to it is header line 3. Heads that
-# do not end in an empty line are refused before they are complete.
+# Host and Authorization first, so the first line that is passed to it is header line 3. Some heads
+# are incomplete: the receiver must refuse these at once, without waiting for the rest.
 REFUSED_HEADS: dict[str, tuple[list[bytes], int, str]] = {
     "stray or wrong whitespace in the request line": (
         [
@@ -2921,7 +2930,7 @@ REFUSED_HEADS: dict[str, tuple[list[bytes], int, str]] = {
         "Malformed header line 4",
     ),
     "whitespace before the colon": (
-        [head("X : a"), head("X\xa0: a")],
+        [head("X : a"), head("X\xa0: a")],  # the latter is a no-break space
         400,
         "Malformed header line 3",
     ),
@@ -3069,7 +3078,9 @@ def test_an_incomplete_head_is_refused_only_if_it_can_no_longer_end_within_64_ki
     data = request_with_head_of(65_536)
     end_of_head = data.index(b"\r\n\r\n") + 4
     partial = bytearray(data[: end_of_head - missing])
-    receiver.check_partial_head(partial, resume_at=0)  # the rest of CR LF CR LF may follow
+    # The limit leaves out the final CR LF CR LF, whose missing bytes may still arrive.
+    receiver.check_partial_head(partial, resume_at=0)
+    # Other bytes arrive in their place, so the head must be longer than 64 KiB.
     partial += b"x" * missing
     with pytest.raises(receiver.Refusal, match="at most 65536 bytes"):
         receiver.check_partial_head(partial, resume_at=0)
@@ -3255,7 +3266,7 @@ def test_a_reply_to_a_HEAD_request_has_no_body(  # noqa: N802 - HEAD is an HTTP 
         "a bare LF in a head that is incomplete": b"HEAD / HTTP/1.1\nX",
     },
 )
-def test_even_a_malformed_HEAD_request_gets_no_body(  # noqa: N802 - HEAD is an HTTP method
+def test_even_the_reply_to_a_malformed_HEAD_request_has_no_body(  # noqa: N802 - HEAD is an HTTP method
     running: RunningReceiver, data: bytes
 ) -> None:
     with TlsClient(running) as client:
@@ -3365,7 +3376,7 @@ def test_a_plain_http_client_is_told_in_plain_http_to_use_https(
     assert body == b'{"message": "This port speaks HTTPS; use https://"}'
 
 
-def test_a_HEAD_request_in_plain_http_gets_no_body(  # noqa: N802 - HEAD is an HTTP method
+def test_the_reply_to_a_HEAD_request_in_plain_http_has_no_body(  # noqa: N802 - HEAD is an HTTP method
     running: RunningReceiver,
 ) -> None:
     top, body = ask_in_plain_http(running, "HEAD")
@@ -3554,8 +3565,8 @@ def test_how_a_value_is_shown_in_a_line_of_the_log(value: Any, shown: str) -> No
 
 # A call, its API key, and its log line without the time. A line has the status, the type, the
 # customer, the user, the event or name, the outcome (unless it is `stored`), the duration and the
-# message; "-" means none. The order matters: a duplicate follows its original, and a call that is
-# forgotten follows the delete, although it is dated before it.
+# message; "-" means none. The order matters: the duplicate is sent after its original, and the
+# forgotten call is sent after the delete, but has an earlier timestamp.
 LOGGED: dict[str, tuple[dict[str, Any], str, str]] = {
     "accepted": (
         {**TRACK, "event": "Two Words", "message_id": "log-1"},
@@ -3658,7 +3669,8 @@ def test_verbose_does_not_indent_each_level_of_a_deep_call(tmp_path: Path) -> No
         deep = [deep]
     with RunningReceiver(tmp_path, "--verbose") as process, TlsClient(process) as client:
         assert client.status(request({**TRACK, "properties": {"a": deep}})) == 200
-        # The call is about 90 KB long. If every level were indented, it would take over 50 MB.
+        # The call has about 90 KB, and 60 KB without the spaces. If every level were indented, it
+        # would take over 50 MB.
         process.flush_log()
         assert 60_000 < len(process.log) < 1_000_000
 
@@ -3774,10 +3786,10 @@ def test_a_stalled_reader_of_the_log_delays_nothing_and_dropped_lines_are_counte
     with RunningReceiver(tmp_path, "--verbose", stderr=writing) as process:
         os.close(writing)
         with TlsClient(process) as client:
-            # 10 MB: more than the total of a full buffer and the text that is being written.
+            # 10 MB, which is more than the buffer and the write in progress can hold together.
             for _ in range(250):
                 assert client.status(request({**TRACK, "note": "x" * 40_000})) == 200
-        # The main thread logs this change of maintenance, so a stalled log must not block it.
+        # The main thread logs that maintenance is on. The stalled log must not block that thread.
         process.send_signal(signal.SIGUSR1)
         wait_until(lambda: post(process).status_code == 503)
         process.send_signal(signal.SIGTERM)
@@ -3786,8 +3798,9 @@ def test_a_stalled_reader_of_the_log_delays_nothing_and_dropped_lines_are_counte
         assert process.popen.wait(15) == 0
     found = re.search(rf"^{TIME} Log lines dropped: (\d+)$", text, re.M)
     assert found
-    # Only entries of these calls are dropped; the short lines that follow still fit into the
-    # buffer. Each entry has five lines: one for the request, and one for each member of the call.
+    # Only entries of the 250 calls are dropped: when one of them no longer fits into the buffer,
+    # there is still room for the short lines that follow. Such an entry has five lines: one for the
+    # request, and one for each member of the call.
     calls_written = text.count("    note: ")
     assert int(found[1]) == 5 * (250 - calls_written)
 
@@ -3949,12 +3962,13 @@ def test_if_no_thread_can_be_started_the_server_goes_on(
     assert "Traceback" not in caplog.text
 
 
-def test_a_slot_is_released_even_if_closing_the_connection_fails(
+def test_a_connection_slot_is_released_even_if_closing_the_connection_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(_: object) -> NoReturn:
         raise MemoryError
 
+    # `drain` runs when a connection closes. With only one slot, a leak would block the second post.
     monkeypatch.setattr(receiver.Connection, "drain", fail)
     with receiver.serve(Recorder(), port=0, max_connections=1) as server:
         for _ in range(3):
@@ -4083,7 +4097,7 @@ def test_sigterm_and_sigint_end_the_process_with_status_0_despite_idle_connectio
         assert without_tls.recv(1) == b""
 
 
-def test_a_stop_finishes_the_requests_in_flight() -> None:
+def test_stopping_finishes_the_requests_in_flight() -> None:
     arrived = threading.Event()
     go_on = threading.Event()
 
@@ -4114,7 +4128,7 @@ def test_a_request_that_arrives_after_the_server_has_hung_up_is_not_handled() ->
     assert len(destination.calls) == 1
 
 
-def test_a_connection_still_being_set_up_when_the_server_stops_reaches_no_destination(
+def test_stopping_while_a_connection_is_being_set_up_hands_no_call_to_the_destination(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     starting = threading.Event()
@@ -4138,9 +4152,9 @@ def test_a_connection_still_being_set_up_when_the_server_stops_reaches_no_destin
     assert destination.calls == []
 
 
-def test_a_stop_under_load_loses_no_acknowledged_call(tmp_path: Path) -> None:
+def test_stopping_under_load_loses_no_acknowledged_call(tmp_path: Path) -> None:
     with RunningReceiver(tmp_path) as process, Load(process, "load", 8) as load:
-        wait_until(lambda: len(load.acknowledged) > 200)
+        load.wait_for_acknowledged(200)
         assert process.stop() == 0
     assert set(load.other_statuses) <= {503}
     assert load.acknowledged <= set(process.message_ids())
@@ -4199,7 +4213,7 @@ receiver.main()
 """
 
 
-def test_a_stop_succeeds_even_if_no_more_threads_can_be_started(tmp_path: Path) -> None:
+def test_stopping_succeeds_even_if_no_more_threads_can_be_started(tmp_path: Path) -> None:
     with run_program(tmp_path, STARTS_NO_TIMER) as process:
         assert post(process).status_code == 200
         assert process.stop() == 0
@@ -4378,7 +4392,7 @@ def trickle_a_head(process: RunningReceiver) -> bytes:
 
 
 @on_linux
-def test_clients_that_stall_or_trickle_are_disconnected_and_disturb_no_other(
+def test_clients_that_stall_or_trickle_are_disconnected_and_do_not_disturb_others(
     tmp_path: Path,
 ) -> None:
     with RunningReceiver(tmp_path, "--timeout", "2") as process:
@@ -4423,9 +4437,9 @@ def test_a_client_that_stops_reading_replies_is_disconnected_after_the_timeout(
         assert server_port
         client_port = client.tls.getsockname()[1]
         assert client.status(request()) == 200
-        # Send requests, and never read the replies, which are long, because each is a 404 that
-        # quotes the path. Once all buffers are full, the server cannot write, so it stops reading.
-        # The sign of that: its receive queue has not been empty for 0.3 seconds.
+        # Send requests, but never read the replies. Each reply is a 404 that quotes the path, so
+        # they soon fill all buffers. Then the server can no longer write, and stops reading. It
+        # counts as stopped once its receive queue has held data for 0.3 seconds without a break.
         last_empty = time.monotonic()
         while time.monotonic() - last_empty < 0.3:
             if receive_queue(server_port, client_port):
@@ -4846,7 +4860,7 @@ def test_an_error_in_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:
         ),
     },
 )
-def test_what_is_not_a_destination_is_refused(destination: Any, message: str) -> None:
+def test_anything_but_a_destination_is_refused(destination: Any, message: str) -> None:
     with pytest.raises(receiver.ConfigurationError, match=f"^{re.escape(message)}$"):
         receiver.serve(destination, port=0)
 
@@ -4873,7 +4887,7 @@ def test_what_is_not_a_destination_is_refused(destination: Any, message: str) ->
         "missing keys": ({"api_keys": "none.json"}, "none.json: No such file"),
     },
 )
-def test_serve_names_an_option_or_a_file_that_cannot_be_used(
+def test_the_error_from_serve_names_the_option_or_file_that_cannot_be_used(
     options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(receiver.ConfigurationError, match=f"^{message}"):
@@ -4905,6 +4919,7 @@ def test_the_commands_in_the_startup_hint_work_when_they_are_pasted_into_a_shell
     shown = command("sh", "-c", running.wait_for_log(r"^ +(curl .*)$")[1])
     assert shown.stdout.startswith("HTTP/1.1 200 OK")
     shown = command("sh", "-c", running.wait_for_log(r"^ +(sqlite3 .*)$")[1])
+    # The query shows the newest call first, which is the one that curl has just sent.
     assert shown.stdout.split("\n")[0].endswith(f"|track|{SAMPLES['track']['user_id']}")
     keys = tmp_path / "keys.json"
     add_key_command = running.wait_for_log(r"^ +python3 (.* --api-keys) FILE$")[1]
@@ -5244,7 +5259,7 @@ def test_add_key_through_a_symbolic_link_changes_the_file_behind_it(tmp_path: Pa
     assert len(json.loads(keys.read_text())) == 2
 
 
-def test_a_failed_add_key_leaves_the_file_unchanged_and_no_temporary_file(
+def test_a_failed_add_key_does_not_change_the_file_or_leave_a_temporary_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> NoReturn:
@@ -5260,7 +5275,7 @@ def test_a_failed_add_key_leaves_the_file_unchanged_and_no_temporary_file(
     assert list(tmp_path.iterdir()) == [keys]
 
 
-def test_a_key_added_with_the_option_calls_permits_only_those_types(tmp_path: Path) -> None:
+def test_the_calls_option_of_add_key_limits_the_key_to_those_types(tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     api_key = add_key("Acme", "--api-keys", keys, "--calls", "group").stdout.strip()
     with RunningReceiver(tmp_path, "--api-keys", keys) as process:
