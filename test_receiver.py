@@ -5308,7 +5308,7 @@ CALL_NUMBERS = itertools.count(1)
 NOT_JSON = object()
 
 REPLY_SECONDS = 5.0  # Segment waits no longer than this
-RUN_SECONDS = 38.0  # after this, no new request is sent
+RUN_SECONDS = 38.0  # after this, no new request is sent, so that the run takes at most 45
 MAX_REPLY = 65_536  # bytes
 
 
@@ -5317,9 +5317,9 @@ class NotCheckedError(Exception):
 
 
 class CutShortError(NotCheckedError):
-    """A check cannot be run because the endpoint refuses connections or asks for too long a wait.
+    """A check cannot be run because the run is cut short. For a MUST, the exit status is then 2.
 
-    This is also raised when the time of the run is over.
+    The endpoint refuses connections or asks for too long a wait, or the time of the run is over.
     """
 
 
@@ -5373,13 +5373,13 @@ Transport = Callable[[KitRequest], KitReply]
 # The format of conformance.json: `calls` has a plain call of each type, and `common` the fields
 # that all of them have. A check has its `level`, the `section` that is its source, its `sentence`,
 # the `requests` to send, and the `statuses`: each reply must have one of them; 2xx stands for any
-# status from 200 to 299, and so on. If `may_crash` is true, `check_retry_after_a_crash` sends some
-# of its requests, too.
+# status from 200 to 299, and so on. If `may_crash` is true, `check_retry_after_a_crash` also sends
+# the first six requests of this check.
 #
 # A request starts from the plain call of its `type`. Without a `type`, it starts from the plain
 # track call, or if CALLS does not contain track, from that of the first type in CALLS:
 #
-#     type                          {last} is the last type in CALLS
+#     type                          the plain call to start from; {last} is the last type in CALLS
 #     set                           replaces or adds these fields
 #     remove                        leaves these fields out
 #     only                          leaves all other fields out
@@ -5388,8 +5388,8 @@ Transport = Callable[[KitRequest], KitReply]
 #     body, body_base64             replaces the whole body
 #     method, scheme                replaces POST, or Basic
 #     headers                       replaces or adds these headers; null leaves one out
-#     credentials                   replaces the API key and the colon; see CREDENTIAL_NAMES
-#     credentials_base64            replaces them in their encoded form
+#     credentials                   the text to encode, in place of {api}: (see SHOWN_KEYS)
+#     credentials_base64            the text after the scheme, already encoded
 #     unsupported                   sends the request only if its type is not in CALLS
 #
 # In a value, {run} is the user id of the run, {now} the current time, and {"$repeat": ["x", 9]} a
@@ -5496,7 +5496,7 @@ def describe_headers(spec: Mapping[str, Any]) -> list[str]:
     return details
 
 
-CREDENTIAL_NAMES = {
+SHOWN_KEYS = {
     "{api}": "YOUR_API_KEY",
     "{api_prefix}": "YOUR_API_KEY_WITHOUT_ITS_LAST_CHARACTER",
     "{api_other_case}": "YOUR_API_KEY_WITH_ITS_CASE_SWAPPED",
@@ -5511,7 +5511,7 @@ def shown_credentials(spec: Mapping[str, Any]) -> str:
     if "credentials_base64" in spec:
         return str(spec["credentials_base64"])
     text = str(spec.get("credentials", "{api}:"))
-    for placeholder, name in CREDENTIAL_NAMES.items():
+    for placeholder, name in SHOWN_KEYS.items():
         text = text.replace(placeholder, name)
     return f'base64("{text}")'
 
@@ -5534,7 +5534,7 @@ def fill_in_credentials(spec: Mapping[str, Any], target: Target) -> str:
         raise NotCheckedError("API_KEY has no letters")
     for placeholder, value in values.items():
         if placeholder in login and not value:
-            raise NotCheckedError(f"no {CREDENTIAL_NAMES[placeholder]} was given")
+            raise NotCheckedError(f"no {SHOWN_KEYS[placeholder]} was given")
         login = login.replace(placeholder, value)
     return base64.b64encode(login.encode()).decode()
 
@@ -5624,8 +5624,8 @@ class NetworkTransport:
                 return reply
             if time.monotonic() + wait > self.deadline:
                 raise CutShortError(
-                    f"the endpoint asks the kit to wait {wait:g} seconds ({reply.status}), but less"
-                    " time is left"
+                    f"the endpoint answers with {reply.status} and asks for a wait of {wait:g}"
+                    " seconds, but the run ends before that"
                 )
             time.sleep(wait)
 
@@ -5644,8 +5644,7 @@ class NetworkTransport:
             raise
         except (OSError, http.client.HTTPException) as error:
             link.close()
-            has_disconnected = isinstance(error, http.client.RemoteDisconnected | ConnectionError)
-            if was_open and reopen and has_disconnected:
+            if was_open and reopen and isinstance(error, ConnectionError):
                 return self.exchange(link, request, reopen=False)
             if isinstance(error, ConnectionRefusedError):
                 self.refused_in_a_row += 1
@@ -5692,7 +5691,8 @@ def time_limit(sock: socket.socket) -> Iterator[None]:
             raise
     finally:
         watchdog.cancel()
-    # Even without an error: to `http.client`, a shutdown may look like the end of a body.
+    # Check this even if nothing was raised, because `http.client` may take the shutdown for the end
+    # of the body.
     if has_expired.is_set():
         raise NoReplyError("the reply did not end in time")
 
@@ -5837,10 +5837,14 @@ def list_failures(failures: Sequence[tuple[str, str]]) -> str:
     return "\n".join([*lines, first_exchange])
 
 
-PLAIN: dict[str, Any] = {}
-REQUESTS_TO_REFUSE: list[dict[str, Any]] = [
+PLAIN: dict[str, Any] = {}  # differs in nothing from a plain call
+UNAUTHORIZED: list[dict[str, Any]] = [
     {"headers": {"Authorization": None}},
     {"credentials": "{unknown}:"},
+]
+LIKELY_TO_CRASH = {"set": {"properties": None, "traits": None, "context": None}}
+REQUESTS_TO_REFUSE: list[dict[str, Any]] = [
+    *UNAUTHORIZED,
     {"body": '{"type": '},
     {"set": {"type": "juggle"}},
 ]
@@ -5924,7 +5928,7 @@ def shows_no_traceback(reply: KitReply, _: Target) -> bool:
 def requests_that_may_crash(target: Target) -> Iterator[tuple[KitRequest, KitRequest]]:
     """Requests that may crash an endpoint, each with a copy that has a new message_id.
 
-    The copy has the same one if the request itself sets the message_id, or the whole body.
+    If the request itself sets the message_id or the whole body, that of the copy is not new.
     """
     for check in CONFORMANCE["checks"]:
         if check.get("may_crash"):
@@ -5937,8 +5941,8 @@ def requests_that_may_crash(target: Target) -> Iterator[tuple[KitRequest, KitReq
 def check_retry_after_a_crash(target: Target, transport: Transport) -> None:
     """A call must not be marked as seen before it is stored.
 
-    If the retry of a crashed call succeeds, although the same call with a new message_id still
-    crashes, then the endpoint has dismissed the retry as a duplicate.
+    If the retry of a call that has crashed the endpoint succeeds, although the same call with a new
+    message_id still crashes it, then the endpoint has dismissed the retry as a duplicate.
     """
     for request, same_with_new_id in requests_that_may_crash(target):
         try:
@@ -5971,7 +5975,7 @@ def require_tls(target: Target) -> ssl.SSLContext:
 
 
 def check_certificate(target: Target, transport: Transport) -> None:
-    """Never fail: if the certificate is untrusted, `require_accepted_call` has ended the run."""
+    """Pass if this is reached, because an untrusted certificate has already ended the run."""
     require_network(transport)
     if require_tls(target).verify_mode == ssl.CERT_NONE:
         raise NotCheckedError("INSECURE is set")
@@ -6004,7 +6008,7 @@ def check_silent_connection(target: Target, transport: Transport) -> None:
     try:
         silent = socket.create_connection(address, REPLY_SECONDS)
     except OSError as error:
-        raise NotCheckedError(f"there was no connection ({error})") from None
+        raise NotCheckedError(f"cannot connect: {error}") from None
     with silent, contextlib.closing(transport.new_connection()) as link:
         try:
             transport.send(link, build_request(PLAIN, target))
@@ -6058,8 +6062,9 @@ HANDSHAKE_RECORD = b"\x16"  # the first byte of a TLS record that carries a hand
 def client_hello(version: ssl.TLSVersion, hostname: str | None) -> bytes:
     """The first message of a handshake with this version. Raises ssl.SSLError or ValueError.
 
-    Only this message is made by OpenSSL, in memory; it is then sent over plain TCP. A whole
-    handshake could fail because OpenSSL on this machine refuses the endpoint's old version.
+    OpenSSL only composes this message, in memory; the check then sends it over plain TCP. A real
+    handshake would prove nothing, because OpenSSL on this machine might abort it, even if the
+    endpoint accepts the old version.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_ciphers("ALL:@SECLEVEL=0")
@@ -6086,7 +6091,7 @@ def check_old_tls(target: Target, transport: Transport) -> None:
         try:
             link = socket.create_connection(address, REPLY_SECONDS)
         except OSError as error:
-            raise NotCheckedError(f"there was no connection ({error})") from None
+            raise NotCheckedError(f"cannot connect: {error}") from None
         # An endpoint that accepts the version answers with a handshake record. Any other endpoint
         # sends an alert, or closes the connection.
         with link, contextlib.suppress(OSError):
@@ -6163,7 +6168,7 @@ CODE_CHECKS = [
         "RFC 9110 §11.6",
         "a 401 reply has a WWW-Authenticate header",
         expect_replies(
-            REQUESTS_TO_REFUSE[:2],
+            UNAUTHORIZED,
             lambda reply, _: "www-authenticate" in reply.headers,
             "has no WWW-Authenticate header",
             ["401"],
@@ -6182,7 +6187,7 @@ CODE_CHECKS = [
         "good practice",
         "no reply shows a traceback",
         expect_replies(
-            [*REQUESTS_TO_REFUSE, {"set": {"properties": None, "traits": None, "context": None}}],
+            [*REQUESTS_TO_REFUSE, LIKELY_TO_CRASH],
             shows_no_traceback,
             "shows a traceback",
             ["2xx", *ANY_ERROR],
@@ -6384,8 +6389,8 @@ class Report:
     def is_shown_by_pytest(finding: Finding, exitstatus: int) -> bool:
         """Whether pytest has shown this finding as a failure.
 
-        The first test makes all findings, and each test then shows its own. After Ctrl-C, there are
-        findings that no test has shown, so Report shows them all.
+        The first test runs all the checks; each test then shows the finding of its own check. After
+        Ctrl-C, some tests have not run, so Report shows every broken check itself.
         """
         fails = finding.check.level == "MUST" or os.environ.get("STRICT") == "1"
         return fails and exitstatus != pytest.ExitCode.INTERRUPTED
@@ -6441,7 +6446,7 @@ class NoAlias(Recorder):
 
 
 def judge_our_receiver(checks: Sequence[Check]) -> None:
-    """Run these checks of a receiver that supports every type but one."""
+    """Run these checks against our own receiver, which supports every type but alias."""
     keys = {"api": "segment", "limited": "segment-identify-only", "expired": "segment-expired"}
     calls = tuple(name for name in CONFORMANCE["calls"] if name != "alias")
     with receiver.serve(NoAlias(), port=0, quiet=True) as server:
@@ -7078,7 +7083,7 @@ FAULTS: dict[str, tuple[Fault, list[str]]] = {
                 and not x.call.get("anonymous_id")
             )
         ),
-        ["a call without any user is answered with 400"],
+        ["a call with neither a user_id nor an anonymous_id is answered with 400"],
     ),
     "a call without a user causes a crash": (
         fault_crashing(
@@ -7201,7 +7206,7 @@ FAULTS: dict[str, tuple[Fault, list[str]]] = {
         answers_409_to_duplicates(),
         ["a call that is sent twice is accepted both times"],
     ),
-    "a crashed call is marked as seen": (
+    "a call that causes a crash is marked as seen": (
         marks_as_seen_and_crashes(),
         ["a call that has crashed the endpoint is not dismissed as a duplicate when it is retried"],
     ),
@@ -7458,7 +7463,7 @@ def test_the_kit_reports_an_endpoint_that_serves_plain_http() -> None:
             check_plain_http(target, NetworkTransport(target))
 
 
-def test_an_endpoint_that_does_not_answer_plain_http_breaks_nothing() -> None:
+def test_an_endpoint_that_does_not_answer_plain_http_passes_the_check() -> None:
     with raw_endpoint(lambda sock: None) as url:
         target = as_https(url)
         check_plain_http(target, NetworkTransport(target))
@@ -7477,7 +7482,7 @@ def test_the_kit_reports_an_endpoint_that_speaks_old_tls() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
-def test_an_endpoint_that_refuses_old_tls_with_an_alert_breaks_nothing() -> None:
+def test_an_endpoint_that_refuses_old_tls_with_an_alert_passes_the_check() -> None:
     with raw_endpoint(lambda sock: sock.sendall(ALERT), until=b"") as url:
         target = as_https(url)
         check_old_tls(target, NetworkTransport(target))
@@ -7486,11 +7491,11 @@ def test_an_endpoint_that_refuses_old_tls_with_an_alert_breaks_nothing() -> None
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
 def test_old_tls_is_not_checked_if_nothing_listens() -> None:
     target = as_https(f"https://127.0.0.1:{unused_port()}/")
-    with pytest.raises(NotCheckedError, match="there was no connection"):
+    with pytest.raises(NotCheckedError, match="cannot connect"):
         check_old_tls(target, NetworkTransport(target))
 
 
-def test_the_kit_reports_an_endpoint_that_fails_from_the_sixteenth_connection() -> None:
+def test_the_kit_reports_an_endpoint_that_fails_on_the_sixteenth_connection() -> None:
     numbers = itertools.count(1)
 
     def reply(sock: socket.socket) -> None:
@@ -7582,7 +7587,7 @@ def test_a_rate_limit_that_outlasts_the_run_skips_the_check() -> None:
     reply = b"HTTP/1.1 503 No\r\nRetry-After: 3600\r\nContent-Length: 0\r\n\r\n"
     with raw_endpoint(lambda sock: sock.sendall(reply)) as url:
         target = Target(url, ONE_KEY)
-        with pytest.raises(CutShortError, match="asks the kit to wait 3600 seconds"):
+        with pytest.raises(CutShortError, match="asks for a wait of 3600 seconds"):
             NetworkTransport(target)(build_request(PLAIN, target))
 
 
@@ -7652,9 +7657,10 @@ def test_the_receiver_imports_nothing_outside_the_standard_library() -> None:
     assert imported <= set(sys.stdlib_module_names)
 
 
-def test_the_receiver_can_be_imported_without_modules_and_signals_that_only_unix_has() -> None:
-    unix_only = "('fcntl', 'resource', 'termios', 'pwd')"
-    script = f"import sys; sys.modules.update(dict.fromkeys({unix_only}))\n"
+def test_the_receiver_can_be_imported_without_the_modules_and_signals_of_unix() -> None:
+    unix_only = ("fcntl", "resource", "termios", "pwd")
+    # None in sys.modules makes an import fail.
+    script = f"import sys; sys.modules.update(dict.fromkeys({unix_only!r}))\n"
     script += "import signal; del signal.SIGHUP, signal.SIGUSR1\n"
     script += "import receiver"
     assert command(sys.executable, "-c", script).returncode == 0
@@ -7733,6 +7739,7 @@ def test_every_sh_block_of_the_readme_prints_what_the_readme_shows(tmp_path: Pat
         server = subprocess.Popen(
             ["sh", "-c", start_block.text], stdout=subprocess.PIPE, stderr=log, text=True, **usual
         )
+    # The README shows both outputs: the first line is on standard output, the rest is in the log.
     listening, hint = start_block.output.replace("8443", port).split("\n", 1)
     try:
         assert server.stdout
@@ -7746,7 +7753,7 @@ def test_every_sh_block_of_the_readme_prints_what_the_readme_shows(tmp_path: Pat
     finally:
         os.killpg(server.pid, signal.SIGINT)  # as Ctrl-C does
         server.communicate(timeout=15)
-    assert hint.strip() in (tmp_path / "log").read_text()  # the log is standard error
+    assert hint.strip() in (tmp_path / "log").read_text()
 
 
 def test_the_smoke_test_of_the_readme_passes(tmp_path: Path) -> None:
@@ -7926,7 +7933,7 @@ def test_exercise_5_a_call_is_synced_to_disk_before_it_is_answered_with_202(
     assert (customer, message_id, call["event"]) == ("demo", "m1", "Order Completed")
 
 
-def test_exercise_6_equal_orders_are_counted_but_retries_and_other_events_are_not() -> None:
+def test_exercise_6_two_equal_orders_count_as_two_but_retries_and_other_events_do_not() -> None:
     orders = solution("Orders")
     other_event = {**ORDER, "event": "Other", "message_id": "m3"}
     send_calls(orders, ORDER, {**ORDER, "message_id": "m2"}, ORDER, other_event)
@@ -8250,25 +8257,17 @@ def test_two_receivers_that_create_the_table_at_once_both_store_their_call(
 def test_a_delete_removes_older_calls_wherever_they_are_in_its_batch(
     database: Cluster, destinations: list[Any]
 ) -> None:
-    calls = [
-        pg_call("before"),
-        pg_call("other user", user_id="u2"),
-        pg_call("d1", "delete", AT_DELETE),
-        pg_call("late"),
-        pg_call("d1", "delete", AT_DELETE),
-        pg_call("after", timestamp=AFTER_DELETE),
-        pg_call("before"),
+    batch = [
+        (pg_call("before"), "stored"),
+        (pg_call("other user", user_id="u2"), "stored"),
+        (pg_call("d1", "delete", AT_DELETE), "stored"),
+        (pg_call("late"), "forgotten"),
+        (pg_call("d1", "delete", AT_DELETE), "duplicate"),
+        (pg_call("after", timestamp=AFTER_DELETE), "stored"),
+        (pg_call("before"), "forgotten"),
     ]
-    outcomes = destinations[0].write(calls)
-    assert outcomes == [
-        "stored",
-        "stored",
-        "stored",
-        "forgotten",
-        "duplicate",
-        "stored",
-        "forgotten",
-    ]
+    calls, expected = zip(*batch, strict=True)
+    assert destinations[0].write(calls) == list(expected)
     assert database.message_ids() == ["after", "d1", "other user"]
 
 
@@ -8357,11 +8356,11 @@ def test_a_call_with_an_id_too_long_for_an_index_is_refused_and_the_rest_of_its_
                 good = [pool.submit(post_to, running.url, message_id=f"m{n}") for n in range(1, 6)]
                 bad = pool.submit(post_to, running.url, **{"message_id": "bad", field: too_long})
                 destination: Any = running.endpoint.destination
-                queue = destination._queue
+                # All six calls must be one batch. The writer replaces `_queue` when it takes a
+                # batch, so an unchanged list shows that it has taken none of them.
+                queue_before = destination._queue
                 wait_until(lambda: len(destination._queue) == 6)
-                # The writer replaces `_queue` whenever it takes a batch. It is still the same list,
-                # so all six calls are in it, and will be one batch.
-                assert queue is destination._queue
+                assert destination._queue is queue_before
             assert [each.result() for each in [blocked, *good]] == [200] * 6
             assert bad.result() == 400
     assert database.message_ids() == ["first", "m0", "m1", "m2", "m3", "m4", "m5"]
@@ -8379,7 +8378,9 @@ def test_calls_are_refused_with_503_while_the_database_is_down_and_stored_once_i
     first.write([pg_call("m1")])  # this one loses its connection; the other never had one
     database.stop()
     try:
-        for destination in destinations * 2:
+        for destination in (
+            destinations * 2
+        ):  # twice, because after the first time, none is connected
             status, seconds = refused_write(destination, pg_call("m2"))
             assert status == 503
             assert seconds < IN_TIME
@@ -8461,7 +8462,9 @@ def test_if_a_lock_is_not_released_a_call_is_refused_with_503_in_time(
 def test_if_the_database_is_read_only_a_call_is_refused_with_503(
     database: Cluster, destinations: list[Any]
 ) -> None:
-    destinations[1].write([pg_call("m1")])  # creates the table; the other one connects later
+    # This creates the table. The other destination has to connect after the change of the setting,
+    # which applies to new sessions.
+    destinations[1].write([pg_call("m1")])
     database.query("alter database postgres set default_transaction_read_only = on")
     try:
         assert refused_write(destinations[0], pg_call("m2"))[0] == 503
