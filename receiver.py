@@ -101,8 +101,8 @@ __version__ = "2.0"
 # ==================================================================================================
 # Part 1. The protocol
 #
-# This part decides how each request is answered. It opens no sockets or files, and
-# starts no threads. Its callers pass in functions that read the body and tell the time.
+# This part decides how each request is answered. It opens no sockets or files, and starts no
+# threads. Its callers pass in functions that read the body and tell the time.
 #
 # To implement the protocol in another language, translate this part, together with `parse_head`
 # from Part 3 and the functions that it calls. Then test the result with the requests in
@@ -968,8 +968,8 @@ def dispatch(handler: Callable[..., Any], call: Call) -> int:
 # It replaces `key_digest` and `snake_case` with cached versions, and `snake_keys` with a version
 # that returns an object as it is if all its keys are known to be in snake_case. The replacements
 # accept only positional arguments, so the originals are declared with `/` to do the same. Their
-# callers need no change, because Python looks up a global name at each call. But `DECODER` is
-# made again, because the first one holds the old `snake_keys`.
+# callers need no change, because Python looks up a global name at each call. But `DECODER` is made
+# again, because the first one holds the old `snake_keys`.
 
 MAX_CACHED_LENGTH = 100  # characters; longer texts could fill the memory
 MAX_CACHED_TEXTS = 4096
@@ -1233,9 +1233,7 @@ class GroupCommit(Destination):
         if len(outcomes) != len(batch):
             message = f"write returned {len(outcomes)} outcomes for {len(batch)} calls"
             # Each call gets its own exception, because `submit` raises it without copying it.
-            return [
-                TypeError(message) for _ in batch
-            ]  # not one, because `submit` raises it as it is
+            return [TypeError(message) for _ in batch]
         return outcomes
 
     def _write_one_by_one(self, batch: list[QueuedCall]) -> list[Outcome | Exception]:
@@ -2932,7 +2930,6 @@ def check_destination(destination: object) -> None:
 
 
 # ---- Options -------------------------------------------------------------------------------------
-
 
 DEMO_KEYS_FILE = "fixtures/keys.json"
 

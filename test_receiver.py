@@ -3266,7 +3266,7 @@ def test_a_reply_to_a_HEAD_request_has_no_body(  # noqa: N802 - HEAD is an HTTP 
         "a bare LF in a head that is incomplete": b"HEAD / HTTP/1.1\nX",
     },
 )
-def test_even_the_reply_to_a_malformed_HEAD_request_has_no_body(  # noqa: N802 - HEAD is an HTTP method
+def test_even_the_reply_to_a_malformed_HEAD_request_has_no_body(  # noqa: N802 - an HTTP method
     running: RunningReceiver, data: bytes
 ) -> None:
     with TlsClient(running) as client:
@@ -3376,7 +3376,7 @@ def test_a_plain_http_client_is_told_in_plain_http_to_use_https(
     assert body == b'{"message": "This port speaks HTTPS; use https://"}'
 
 
-def test_the_reply_to_a_HEAD_request_in_plain_http_has_no_body(  # noqa: N802 - HEAD is an HTTP method
+def test_the_reply_to_a_HEAD_request_in_plain_http_has_no_body(  # noqa: N802 - an HTTP method
     running: RunningReceiver,
 ) -> None:
     top, body = ask_in_plain_http(running, "HEAD")
