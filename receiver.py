@@ -37,7 +37,7 @@ the only copy. Expect the same call twice, because a reply can get lost. Expect 
 because retried calls arrive late.
 
 `make run` starts the receiver, which stores the calls in an SQLite database. To handle them in your
-own code instead, define a destination:
+own code instead, define a destination, a class with a method for each type of call:
 
     class Contacts(receiver.Destination):
         def identify(self, user_id, traits, call):
@@ -318,7 +318,7 @@ class Key(NamedTuple):
 
     customer: str
     calls: frozenset[str] | None = None  # the types of call that it permits; None permits all
-    expires: str | None = None  # when it expires, in the form that parse_time returns
+    expires: str | None = None  # when it expires, as text in the same form as a Clock's
 
 
 def find_key(authorization: str, keys: Mapping[str, Key]) -> Key:
@@ -339,8 +339,9 @@ def key_digest(authorization: str, /) -> str:
     The header consists of `Basic` and the credentials: the API key, a colon and an empty password,
     encoded in base64 (RFC 7617 §2). Raises Refusal 401 if it is missing or has any other form.
 
-    Only digests are stored, so a stolen keys file reveals no API key. A plain SHA-256 is enough,
-    because API keys are long and random; passwords would need a slow, salted hash.
+    Only digests are stored, so a stolen keys file reveals no API key. A plain SHA-256 is enough for
+    keys that are long and random, as those made by `add_key` are; passwords would need a slow,
+    salted hash.
     """
     if not authorization:
         raise Refusal(401, "Missing Authorization header")
@@ -452,7 +453,7 @@ def parse_body(body: bytes) -> dict[str, Any]:
 
 
 def parse_settings(encoded: str) -> dict[str, Any]:
-    """Return what the customer has entered for this destination in Segment, besides the API key.
+    """Return what the customer has entered at Segment for this receiver, besides the API key.
 
     These settings arrive in the header X-Segment-Settings, as a JSON object that is encoded in
     base64. Its keys are converted to snake_case. No header, an empty one, `null` and `[]` all mean
@@ -621,8 +622,8 @@ def recognize_fields(raw: dict[str, Any]) -> dict[str, Any]:
 
     If a field occurs in several spellings, only one gets the protocol's name: the protocol's own
     spelling if its value is not null, or else the first other spelling whose value is not null.
-    Later spellings keep their keys; a null that was passed over is dropped. A renamed field moves
-    to the end, or takes the position of a null under the protocol's name.
+    The other spellings keep their keys, except nulls that had the name before it: it overwrites
+    them. A renamed field moves to the end, or takes the position of a null that it overwrites.
     """
     # The keys of FIELD_CHECKS, below, are the protocol's names of all fields.
     other_keys = [key for key in raw if key not in FIELD_CHECKS]
@@ -645,7 +646,7 @@ class CallType(NamedTuple):
     """What one type of call passes to its handler, and which field it must have."""
 
     # The fields that the handler receives, in this order, followed by the Call itself. A field that
-    # appears only in the arguments of other types is ignored.
+    # only the handlers of other types receive is ignored.
     arguments: tuple[str, ...]
 
     # A field that must be present and not empty, or "" if there is none. In addition, every call
@@ -777,10 +778,10 @@ def parse_call(
 ) -> Call:
     """Check the fields of `raw`, and return them as a Call.
 
-    The caller has checked that `raw["type"]` is supported. `settings` are those of the customer,
-    and `size` is the length of the body in bytes. A missing timestamp is replaced by the
-    original_timestamp, or else the sent_at, or else the current time; a missing message_id is
-    replaced by a random one.
+    The caller has checked that `raw["type"]` is supported. `settings` is the result of
+    `parse_settings`, and `size` is the length of the body in bytes. A missing timestamp is replaced
+    by the original_timestamp, or else the sent_at, or else the current time; a missing message_id
+    is replaced by a random one.
 
     The docstring of Call says which fields count as missing, and which are ignored. Raises Refusal
     400 if any other field is invalid, or if a required one is missing. The message reports one
@@ -888,11 +889,12 @@ def parse_time(value: Any) -> str:
     message = "must be an ISO 8601 time"
     if not isinstance(value, str):
         raise ValueError(message)
-    is_in_final_form = UTC_TIME.fullmatch(value)  # the usual case, which saves the slower pattern
+    is_in_final_form = UTC_TIME.fullmatch(value)  # the usual case; matching ISO_8601 is slower
     if not is_in_final_form and not ISO_8601.fullmatch(value):
         raise ValueError(message)
     try:
-        # `fromisoformat` refuses dates that do not exist, such as 2026-02-30, and a lower-case z.
+        # `fromisoformat` refuses dates that do not exist, such as 2026-02-30. It would also refuse
+        # a lower-case z, which RFC 3339 allows.
         moment = datetime.fromisoformat(value.upper())
         if is_in_final_form:
             return value
