@@ -27,8 +27,8 @@ Segment acts on the status code of the reply, which it expects within about five
     all other 4xx, 501 and 505                 dropped for good
 
 202 means that the call is stored, but not yet processed. Do not redirect: Segment does not follow
-redirects. A reply of 200 or 202 to a call has no body. An error reply may have a JSON object as its
-body. If its Content-Type is application/json, Segment shows the `message` in it to the customer:
+redirects. Send no body with a 200 or 202. An error reply may have a JSON object as its body. If its
+Content-Type is application/json, Segment shows the `message` in it to the customer:
 
     {"message": "Missing user_id or anonymous_id"}
 
@@ -139,7 +139,7 @@ class Reply(NamedTuple):
     body: Mapping[str, str] = {}  # sent as a JSON object; an empty body is not sent
     headers: Mapping[str, str] = {}
     customer: str = ""  # the owner of the API key, once known
-    raw: Mapping[str, Any] = {}  # the whole call, once it has been parsed; see Call.raw
+    raw: Mapping[str, Any] = {}  # all members of the body, once it has been parsed; see Call.raw
     outcome: str = ""  # what the destination did with the call, such as "duplicate"
     error: Exception | None = None  # the unexpected exception that caused a 500, if any
 
@@ -318,7 +318,7 @@ class Key(NamedTuple):
 
     customer: str
     calls: frozenset[str] | None = None  # the types of call that it permits; None permits all
-    expires: str | None = None  # when it expires, as text in the same form as a Clock's
+    expires: str | None = None  # when it expires, in the form that a Clock returns; None is never
 
 
 def find_key(authorization: str, keys: Mapping[str, Key]) -> Key:
@@ -333,7 +333,7 @@ def find_key(authorization: str, keys: Mapping[str, Key]) -> Key:
     return key
 
 
-def key_digest(authorization: str, /) -> str:
+def key_digest(authorization: str, /) -> str:  # for the "/", see "Speed" below
     """Return the SHA-256 digest of the API key in an Authorization header, in hexadecimal.
 
     The header consists of `Basic` and the credentials: the API key, a colon and an empty password,
@@ -510,10 +510,10 @@ def parse_json(data: bytes, label: str) -> Any:
     return value
 
 
-# Matches a part of a JSON text that does not affect the nesting depth: a whole string, including
-# any brackets in it, whether or not it is closed; or a run of characters other than brackets and
-# quotation marks. The possessive quantifiers never backtrack, so even invalid JSON takes only
-# linear time.
+# Matches a part of a JSON text that does not affect the nesting depth: a string with any brackets
+# in it, which extends to the end of the text if it is never closed; or a run of characters other
+# than brackets and quotation marks. The possessive quantifiers never backtrack, so even invalid
+# JSON takes only linear time.
 NOT_NESTING = re.compile(r'"(?:[^"\\]|\\.)*+"?|[^\[\]{}"]++', re.DOTALL)
 
 
@@ -620,10 +620,10 @@ def recognize_fields(raw: dict[str, Any]) -> dict[str, Any]:
     `snake_keys` does not change spellings such as `userid`. They are recognized by ignoring case,
     underscores, hyphens and spaces.
 
-    If a field occurs in several spellings, only one gets the protocol's name: the protocol's own
-    spelling if its value is not null, or else the first other spelling whose value is not null.
-    The other spellings keep their keys, except nulls that had the name before it: it overwrites
-    them. A renamed field moves to the end, or takes the position of a null that it overwrites.
+    Another spelling gets the protocol's name if no member has that name yet, or if the member that
+    has it is null; that null is then dropped. Otherwise, it keeps its key. So if a field occurs in
+    several spellings, the protocol's own comes first, and a null never hides a value. A renamed
+    field moves to the end, or takes the position of the null that it replaces.
     """
     # The keys of FIELD_CHECKS, below, are the protocol's names of all fields.
     other_keys = [key for key in raw if key not in FIELD_CHECKS]
@@ -646,7 +646,7 @@ class CallType(NamedTuple):
     """What one type of call passes to its handler, and which field it must have."""
 
     # The fields that the handler receives, in this order, followed by the Call itself. A field that
-    # only the handlers of other types receive is ignored.
+    # is listed only for other types is not checked, and keeps its default in the Call.
     arguments: tuple[str, ...]
 
     # A field that must be present and not empty, or "" if there is none. In addition, every call
@@ -713,8 +713,9 @@ def check_permission(key: Key, call_type: str) -> None:
 # ---- Rung 10: the fields -------------------------------------------------------------------------
 #
 # A 400 loses the call for good. So an invalid field leads to a refusal only if ignoring it would
-# leave the meaning of the call unclear or wrong. The fields in IGNORED_IF_INVALID matter less: if
-# one of them is invalid, it is ignored, and stays in `raw`.
+# leave the meaning of the call unclear or wrong. Four fields matter less: if context, sent_at,
+# received_at or original_timestamp is invalid, it is ignored, and stays in `raw`. They are listed
+# in IGNORED_IF_INVALID, below.
 
 
 class Call:
@@ -863,7 +864,7 @@ def accept_anything(value: Any) -> Any:
 
 # A date such as 2026-01-15, optionally followed by a time, which may in turn be followed by a zone.
 # These are the common forms of ISO 8601; a space may replace the T. `datetime.fromisoformat` alone
-# would not do, because newer versions of Python accept more forms.
+# would not do, because the forms that it accepts depend on the version of Python.
 ISO_8601 = re.compile(
     r"""
     \d{4}-\d\d-\d\d
@@ -1077,9 +1078,10 @@ class GroupCommit(Destination):
     connection threads only queue their calls, and a single thread, the writer, stores them in
     batches.
 
-    A subclass implements `write`, and may implement `open` and `shut`; the writer calls all three.
-    If the subclass has a constructor, it must call `super().__init__()`. Connect to the database in
-    `open` and not in the constructor, so that the receiver starts even if the database is down.
+    A subclass implements `write`, and may implement `open` and `shut`, which connect to a database
+    and disconnect from it; the writer calls all three. The server calls `close`, which ends the
+    writer. If the subclass has a constructor, it must call `super().__init__()`. Connect in `open`
+    and not in the constructor, so that the receiver starts even if the database is down.
 
     GroupCommit supports identify, track, page, group and delete. To support another type, add a
     method for it:
@@ -1101,10 +1103,11 @@ class GroupCommit(Destination):
         """Store these calls in order, make them durable, and return the outcome of each.
 
         A Refusal in place of an outcome refuses that call alone. Raising a Refusal refuses the
-        whole batch: raise one with status 503 if the database cannot be reached. After any other
-        exception, a batch of several calls is written again one call at a time, so that one bad
-        call does not fail the others; if the batch has only one call, it is answered with 500. Roll
-        back the transaction before any exception leaves this method.
+        whole batch: raise one with status 503 if the database cannot be reached.
+
+        After any other exception, the calls of the batch are written again one at a time, so that
+        one bad call does not make the others fail. A call that fails alone is answered with 500.
+        Roll back the transaction before any exception leaves this method.
         """
         raise NotImplementedError
 
@@ -1274,14 +1277,15 @@ GROUP_ID = """case json_type(call, '$.group_id')
 
 
 def merged_traits(condition: str) -> str:
-    """Return SQL for the merged traits of a user, or of a group in the view `accounts`.
+    """Return SQL for the merged traits of a user (view `users`) or a group (view `accounts`).
 
     The traits are one JSON object. Each trait takes its value, which may be null, from the newest
     call that contains it; of equally new calls, the one received last counts. A trait whose name
     contains NUL is left out, because SQLite would truncate the name.
 
-    The SQL is a subquery for a view, which must give its own row the alias `owner`. The condition
-    selects the calls that belong to this row. It refers to a call as `c`.
+    The SQL is a subquery for the view. The view must read from a table or view with the alias
+    `owner`. The condition, in which `c` is a call, selects the calls that belong to the current row
+    of `owner`.
     """
     return rf"""(
     -- Without `materialized`, SQLite would sort a copy of the whole call for each trait.
@@ -1349,7 +1353,7 @@ create table calls (
     type text not null,
     user_id text,
     anonymous_id text,
-    timestamp text not null, -- when the call happened, see Call.timestamp
+    timestamp text not null, -- Call.timestamp, but for a delete, the current time if it is earlier
     received_at text not null, -- when it was stored here (received_at in the JSON is Segment's)
     call text not null, -- the call as JSON, with its keys in snake_case
     primary key (customer, message_id)
@@ -1383,7 +1387,8 @@ create view accounts as
     group by group_id, customer;
 
 -- Segment keeps a destination in private beta until it has at least 10 customers, or has received
--- more than 20 million calls.
+-- more than 20 million events, as Segment calls them here. This view shows both numbers, and
+-- whether one of the two conditions is fulfilled.
 create view private_beta as
     select count(distinct customer) as customers, count(*) as events,
         count(distinct customer) >= 10 or count(*) > 20000000 as fulfilled
@@ -1442,8 +1447,8 @@ def call_row(call: Call) -> dict[str, str | None]:
     """Return the row that stores a call: a mapping from column names to values.
 
     For a `delete` call, only the type, the ids and the times are stored. If its timestamp is in the
-    future, the column `timestamp` gets the current time instead, because such a delete would also
-    discard the calls that the user makes until then.
+    future, the column `timestamp` gets the current time instead. Otherwise, the delete would also
+    discard all calls about the user until then.
     """
     received_at = utc_now()
     timestamp = call.timestamp
@@ -1469,8 +1474,8 @@ class Store(GroupCommit):
 
     A row is synced to disk before its call is acknowledged. A duplicate is acknowledged, but not
     stored. A delete takes effect as of its timestamp, or as of the current time if its timestamp is
-    in the future. It removes the user's calls up to and including that time. If a call from that
-    period arrives after the delete, it is acknowledged, but not stored.
+    in the future. It removes the user's calls up to and including that time, except for earlier
+    deletes. If a call from that period arrives later, it is acknowledged, but not stored.
     """
 
     def __init__(self, path: str | os.PathLike[str] = "calls.db") -> None:
@@ -1518,7 +1523,7 @@ class Store(GroupCommit):
             self._db.close()
 
     def _store(self, call: Call) -> Outcome:
-        """Insert a call, and return its outcome. A delete also removes the user's older calls."""
+        """Insert a call, and return its outcome. A delete also removes the calls it applies to."""
         row = call_row(call)
         if self._db.execute(INSERT_CALL, row).rowcount:
             if call.type == "delete":
@@ -1996,7 +2001,8 @@ class Connection(BaseRequestHandler):
 
     def must_close(self, reply: Reply) -> bool:
         """Return whether the connection must close after this reply, whatever the head says."""
-        end_is_unknown = reply.status == 411  # nothing says where the body ends
+        # Without a length, there should be no body, but a faulty client may have sent one.
+        end_is_unknown = reply.status == 411
         # A client that waits for "100 Continue" may send the body after all, or the next request.
         next_bytes_are_unknown = self.expects_continue and self.body_left > 0
         too_long_to_discard = self.body_left > self.server.options.max_body
@@ -2011,7 +2017,8 @@ class Connection(BaseRequestHandler):
         """
         text = self.read_head()
         self.has_received_head = True
-        # Known before the head is parsed, because even a refused HEAD request must get no body.
+        # Set before the head is parsed, because the reply to a HEAD request must not have a body,
+        # even if `parse_head` refuses the request.
         self.method = text.partition(" ")[0]
         head = parse_head(text)
         self.close_connection = not head.keep_alive
@@ -2359,8 +2366,9 @@ class LogBuffer(logging.Handler):
     lines are dropped at once.
 
     The server logs requests with `write`, because a logging record for each request would halve the
-    number of calls per second. Other messages go through the logger `receiver`. `run` attaches the
-    LogBuffer to it as a handler; a program that calls `serve` attaches handlers of its choice.
+    number of calls per second. Other messages go through the logger `receiver`. The function `run`
+    in Part 4 attaches the LogBuffer to that logger as a handler; a program that calls `serve`
+    attaches handlers of its choice.
     """
 
     def __init__(self) -> None:
@@ -2424,10 +2432,9 @@ class LogBuffer(logging.Handler):
         dropped += unwritten.count(b"\n")
         if not dropped:
             return
-        # After a failed write, do not even try to write the notice.
-        notice = f"{utc_now()} Log lines dropped: {dropped}\n"
-        notice_is_written = not unwritten and not self._write_to_stream(notice)
-        if not notice_is_written:
+        if not unwritten:  # otherwise, writing the notice would fail, too
+            unwritten = self._write_to_stream(f"{utc_now()} Log lines dropped: {dropped}\n")
+        if unwritten:
             with self._guard:
                 self._dropped += dropped  # for a later notice
 
@@ -2534,9 +2541,9 @@ def json_or_repr(value: object) -> str:
 #   Server.tls_context           accept thread               connection threads, once each
 #   Server.reload_requested      main and accept thread      accept thread
 #   Server.stopping              stop()                      stop(), accept and connection threads
-#   Server.on_failure            main thread                 accept thread; in case that has failed
-#                                                            before, the main thread checks
-#                                                            Server.failed right after setting this
+#   Server.on_failure            main thread                 accept thread; if it fails before the
+#                                                            main thread has set this, the main
+#                                                            thread sees that in Server.failed
 #   Server.failed                accept thread               main thread
 #   Destination.failed           writer of a GroupCommit     accept and connection threads
 #   Keyring.keys                 accept thread               accept and main thread
@@ -3064,8 +3071,8 @@ def add_command_options(parser: Parser) -> None:
     add(
         "--add-key",
         metavar="CUSTOMER",
-        help="make an API key for CUSTOMER, add its digest to the file given by --api-keys"
-        " (required with --add-key), print the key, and exit",
+        help="make an API key for CUSTOMER, add its digest to the --api-keys file,"
+        " print the key, and exit; needs --api-keys",
     )
     add(
         "--calls",
@@ -3181,7 +3188,7 @@ def parse_expires_option(text: str) -> str:
 
 # ---- Serving until SIGTERM or SIGINT -------------------------------------------------------------
 
-FORCED_EXIT_AFTER = 9.5  # seconds; service managers wait for at least 10 before they use SIGKILL
+FORCED_EXIT_AFTER = 9.5  # seconds; systemd, Docker and Kubernetes kill after 10 or more by default
 
 
 def run(destination: Destination | None, options: argparse.Namespace) -> int:
@@ -3195,8 +3202,11 @@ def run(destination: Destination | None, options: argparse.Namespace) -> int:
     ConfigurationError if an option, or a file that it names, cannot be used.
     """
     # Block the signals here and in all threads that start later, so that only sigwait gets them.
+    # But the destination's constructor may have started a thread that does not block them.
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    for number in signals:
+        signal.signal(number, redirect_signal)
     raise_file_limit(options.max_connections)
     avoid_preemption()
     server = Server(destination, options)
@@ -3226,6 +3236,14 @@ def handle_signals(server: Server, signals: set[signal.Signals]) -> None:
             server.toggle_maintenance()
         else:
             return
+
+
+def redirect_signal(number: int, _: object) -> None:
+    """Send a signal that another thread has received to the main thread, where sigwait gets it.
+
+    Python calls this in the main thread. By default, the signal would have ended the process.
+    """
+    signal.raise_signal(number)
 
 
 def stop_within_time_limit(server: Server, status: int) -> None:
@@ -3312,8 +3330,8 @@ def startup_hint(server: Server) -> str:
         lines.append("    " + shlex.join(["sqlite3", options.database, query]))
     else:
         lines.append(f"Calls go to {type(server.endpoint.destination).__name__}.")
-    has_demo_key = any(digest in server.keyring.keys for digest in DEMO_DIGESTS)
-    if has_demo_key:
+    has_any_demo_key = any(digest in server.keyring.keys for digest in DEMO_DIGESTS)
+    if has_any_demo_key:
         lines.append(f"Warning: {options.api_keys} contains demo keys, which are public.")
         lines.append("Make a key of your own, in a new file:")
         lines.append(f"    python3 {shlex.quote(sys.argv[0])} --add-key CUSTOMER --api-keys FILE")
@@ -3332,8 +3350,8 @@ def find_sample_call(destination: Destination) -> str:
 
 def curl_command(server: Server, sample_path: str) -> str:
     """Return a shell command that posts a sample call to this server."""
-    accepts_demo_key = hashlib.sha256(b"segment").hexdigest() in server.keyring.keys
-    login = "segment:" if accepts_demo_key else "YOUR_API_KEY:"
+    accepts_segment = hashlib.sha256(b"segment").hexdigest() in server.keyring.keys
+    login = "segment:" if accepts_segment else "YOUR_API_KEY:"
     command = ["curl", "-i", "--cacert", server.options.tls_cert, "-u", login, server.url]
     command += ["-H", "Content-Type: application/json", "-d", f"@{sample_path}"]
     return shlex.join(command)
