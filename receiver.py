@@ -318,7 +318,7 @@ class Key(NamedTuple):
 
     customer: str
     calls: frozenset[str] | None = None  # the types of call that it permits; None permits all
-    expires: str | None = None  # when it expires, in the form that a Clock returns; None is never
+    expires: str | None = None  # in the form that a Clock returns; None if it never expires
 
 
 def find_key(authorization: str, keys: Mapping[str, Key]) -> Key:
@@ -327,7 +327,8 @@ def find_key(authorization: str, keys: Mapping[str, Key]) -> Key:
     Raises Refusal 401 if the header is missing or malformed, or if the API key is unknown; a
     revoked key counts as unknown. `keys` is indexed by digest: see `key_digest`.
     """
-    key = keys.get(key_digest(authorization))
+    digest = key_digest(authorization)  # raises Refusal if the header is missing or malformed
+    key = keys.get(digest)
     if key is None:
         raise Refusal(401, "Unknown API key")
     return key
@@ -428,8 +429,8 @@ def check_body_headers(request: Request, max_body: int) -> None:
 # ---- Rung 7: the body, and the settings ----------------------------------------------------------
 
 # The maximum nesting depth of arrays and objects. The JSON parsers of Python, SQLite and PostgreSQL
-# are safe at this depth. At a few thousand levels, they fail, and in a thread with a small stack,
-# Python's parser even crashes the process.
+# can handle this depth. At one to several thousand levels, they fail; in a thread with a small
+# stack, Python's parser even crashes the process.
 MAX_DEPTH = 500
 
 # Analytics SDKs post batches to Segment. Segment forwards single calls, because one status code
@@ -620,10 +621,10 @@ def recognize_fields(raw: dict[str, Any]) -> dict[str, Any]:
     `snake_keys` does not change spellings such as `userid`. They are recognized by ignoring case,
     underscores, hyphens and spaces.
 
-    Another spelling gets the protocol's name if no member has that name yet, or if the member that
-    has it is null; that null is then dropped. Otherwise, it keeps its key. So if a field occurs in
-    several spellings, the protocol's own comes first, and a null never hides a value. A renamed
-    field moves to the end, or takes the position of the null that it replaces.
+    A member with another spelling is renamed if no member has the protocol's name yet, or if the
+    one that has it is null, which it then replaces. Otherwise, the member keeps its key. So the
+    protocol's own spelling takes precedence, then the first of the others, and a null never hides a
+    value. A renamed member moves to the end, or takes the position of the null that it replaces.
     """
     # The keys of FIELD_CHECKS, below, are the protocol's names of all fields.
     other_keys = [key for key in raw if key not in FIELD_CHECKS]
@@ -645,8 +646,7 @@ def squash(key: str) -> str:
 class CallType(NamedTuple):
     """What one type of call passes to its handler, and which field it must have."""
 
-    # The fields that the handler receives, in this order, followed by the Call itself. A field that
-    # is listed only for other types is not checked, and keeps its default in the Call.
+    # The fields that the handler receives, in this order, followed by the Call itself.
     arguments: tuple[str, ...]
 
     # A field that must be present and not empty, or "" if there is none. In addition, every call
@@ -741,7 +741,7 @@ class Call:
     traits: dict[str, Any]  # identify: facts about the user; group: facts about the group
     properties: dict[str, Any]  # track, page and screen: details
     context: dict[str, Any]  # IP address, user agent, library, campaign, ...
-    integrations: Any = None  # which destinations the call is for, such as {"All": True}
+    integrations: Any = None  # which of the customer's destinations get the call; not used here
     message_id: str = ""  # unique per call; the same in a retry only if the sender gave one
     timestamp: str = ""  # the best estimate of when it happened; order calls by this
     sent_at: str | None = None  # when the website, app or server sent it to Segment
@@ -931,6 +931,7 @@ IGNORED_IF_INVALID = {"context", "sent_at", "received_at", "original_timestamp"}
 FIELD_BY_SQUASHED_NAME = {squash(name): name for name in FIELD_CHECKS}
 
 # Fields that only some types use: all arguments of handlers except user_id, which every type uses.
+# For calls of the other types, such a field is not checked, and the Call has its default value.
 TYPE_SPECIFIC_FIELDS = {name for spec in CALL_TYPES.values() for name in spec.arguments} - {
     "user_id"
 }
@@ -1094,7 +1095,8 @@ class GroupCommit(Destination):
         """Prepare the queue. The first call that is submitted starts the writer."""
         self._is_open = False  # used by the writer only
         self._writer = threading.Thread(target=self._run, name="writer", daemon=True)
-        self._changed = threading.Condition()  # guards `failed` and the attributes below
+        # Guards `failed` and the attributes below; notified when the queue or `_closing` changes.
+        self._changed = threading.Condition()
         self._queue: list[QueuedCall] = []
         self._queued_bytes = 0
         self._closing = False
@@ -1122,7 +1124,8 @@ class GroupCommit(Destination):
     def shut(self) -> None:
         """Disconnect from the database, after the last `write`.
 
-        This is called only if `open` has succeeded, and not if the writer has failed.
+        This is called only if `open` has succeeded. It is not called if an exception such as
+        SystemExit has ended the writer.
         """
 
     def submit(self, call: Call) -> None:
@@ -1293,13 +1296,13 @@ def merged_traits(condition: str) -> str:
         select
             trait.key as name,
             -- `->` gives the JSON of a trait exactly as it was stored, but finds nothing if the
-            -- name contains a quotation mark. In that case, the value from json_each is used,
-            -- although that rounds a large number, and cuts a string at NUL.
+            -- name contains a quotation mark. In that case, fall back on the value from json_each,
+            -- although this can round a fractional or very large number, and cuts a string at NUL.
             coalesce(
                 c.call -> trait.fullkey,
                 case
                     when trait.type in ('object', 'array') then trait.value
-                    -- The names of these types are also their JSON, while the value of true is 1.
+                    -- The name of such a type is itself the JSON. `trait.value` is 1, 0 or null.
                     when trait.type in ('true', 'false', 'null') then trait.type
                     else json_quote(trait.value)
                 end
@@ -1353,7 +1356,7 @@ create table calls (
     type text not null,
     user_id text,
     anonymous_id text,
-    timestamp text not null, -- Call.timestamp, but for a delete, the current time if it is earlier
+    timestamp text not null, -- Call.timestamp, but for a delete at most the current time
     received_at text not null, -- when it was stored here (received_at in the JSON is Segment's)
     call text not null, -- the call as JSON, with its keys in snake_case
     primary key (customer, message_id)
@@ -1387,8 +1390,8 @@ create view accounts as
     group by group_id, customer;
 
 -- Segment keeps a destination in private beta until it has at least 10 customers, or has received
--- more than 20 million events, as Segment calls them here. This view shows both numbers, and
--- whether one of the two conditions is fulfilled.
+-- more than 20 million events, which means calls of any type. This view counts the customers and
+-- the events, and shows whether either condition is fulfilled.
 create view private_beta as
     select count(distinct customer) as customers, count(*) as events,
         count(distinct customer) >= 10 or count(*) > 20000000 as fulfilled
@@ -1447,8 +1450,8 @@ def call_row(call: Call) -> dict[str, str | None]:
     """Return the row that stores a call: a mapping from column names to values.
 
     For a `delete` call, only the type, the ids and the times are stored. If its timestamp is in the
-    future, the column `timestamp` gets the current time instead. Otherwise, the delete would also
-    discard all calls about the user until then.
+    future, the column `timestamp` gets the current time instead. Otherwise, calls about the user
+    that arrive after the delete would be discarded, too, until that time.
     """
     received_at = utc_now()
     timestamp = call.timestamp
@@ -1567,8 +1570,8 @@ def open_database(path: str) -> sqlite3.Connection:
         check_same_thread=False,  # the writer uses the connection, and another thread closes it
     )
     try:
-        # Create the schema before switching to WAL mode. In WAL mode, it would be only in the WAL
-        # at first, and after a crash, the file's header would not identify this program.
+        # Create the schema before switching to WAL mode. Otherwise, it would be only in the WAL at
+        # first, and after a crash, the file's header would not identify this program.
         with db:
             db.execute("begin immediate")  # if another receiver is doing the same, wait for it
             schema_version = db.execute("pragma user_version").fetchone()[0]
@@ -1578,7 +1581,7 @@ def open_database(path: str) -> sqlite3.Connection:
         db.execute("pragma journal_mode = wal")
         db.execute("pragma synchronous = full")  # a commit returns once it is on disk
         db.execute("pragma fullfsync = on")  # macOS would otherwise sync only to the drive's cache
-        db.execute("pragma secure_delete = on")  # overwrite deleted rows, even in free pages
+        db.execute("pragma secure_delete = on")  # zero deleted rows, even in pages that become free
         db.execute(f"pragma wal_autocheckpoint = {WAL_PAGES}")
         db.execute(f"pragma journal_size_limit = {WAL_BYTES}")
     except sqlite3.Error:
@@ -1685,10 +1688,10 @@ def utc_now() -> str:
 # ==================================================================================================
 # Part 3. The server
 #
-# HTTP/1.1 and 1.0 over TLS, built on `socketserver` and `ssl`, with one thread per connection.
-# Connections use blocking sockets, which is simple and fast. Instead of a timeout for each read,
-# every connection has a deadline. Once it has passed, the accept thread hangs up, even if bytes are
-# still trickling in.
+# HTTP/1.1 and 1.0 over TLS, built on `socketserver` and `ssl`. The accept thread accepts
+# connections, and each connection then has a thread of its own. Connections use blocking sockets,
+# which is simple and fast. Instead of a timeout for each read, every connection has a deadline.
+# Once it has passed, the accept thread hangs up, even if bytes are still trickling in.
 # ==================================================================================================
 
 # The errno values for a shortage of resources, in this process or in the system. It may be
@@ -2001,7 +2004,8 @@ class Connection(BaseRequestHandler):
 
     def must_close(self, reply: Reply) -> bool:
         """Return whether the connection must close after this reply, whatever the head says."""
-        # Without a length, there should be no body, but a faulty client may have sent one.
+        # After a 411, the next bytes may be a body whose length the client did not give. They must
+        # not be taken for a request.
         end_is_unknown = reply.status == 411
         # A client that waits for "100 Continue" may send the body after all, or the next request.
         next_bytes_are_unknown = self.expects_continue and self.body_left > 0
@@ -2076,8 +2080,8 @@ class Connection(BaseRequestHandler):
         """Add received bytes to the buffer.
 
         If the connection ends instead, raises Refusal 408 (the deadline has passed), 503 (the
-        server is stopping, or needs the connection slot) or 400 (the client has disconnected). For
-        408 and 400, the message begins with the label.
+        server is stopping, or has evicted the connection to make room) or 400 (the client has
+        disconnected). For 408 and 400, the message begins with the label.
         """
         received = b""
         with contextlib.suppress(OSError):
@@ -2089,7 +2093,7 @@ class Connection(BaseRequestHandler):
         if self.server.stopping:
             raise Refusal(503, "Shutting down")
         if self.evicted:
-            # `handle_request` drops this if no head has ever arrived.
+            # If no head has ever arrived, `handle_request` does not send this.
             raise Refusal(503, "Too many connections")
         if self.hung_up:
             seconds = self.server.options.timeout
@@ -2116,8 +2120,8 @@ class Connection(BaseRequestHandler):
 
         Closing with unread input sends a reset, which could destroy the reply before the client has
         read it. So shut down the sending side, and read until the client closes, too. This takes at
-        most twice as long as LINGER: no read starts later than LINGER seconds after the beginning,
-        and each read times out after LINGER seconds.
+        most 2 * LINGER seconds, because no read, including that of `unwrap`, starts later than
+        LINGER seconds after this method, and each times out after LINGER seconds.
         """
         end = time.monotonic() + LINGER
         self.deadline = math.inf  # this method ends by itself
@@ -2206,7 +2210,7 @@ DEMO_DIGESTS = {hashlib.sha256(api_key.encode()).hexdigest() for api_key in DEMO
 
 
 class Keyring:
-    """The rights of the API keys in a keys file. `refresh` reads the file again if it changed."""
+    """The API keys in a keys file. `refresh` reads the file again if it has changed."""
 
     def __init__(self, path: str, allow_demo_keys: bool = True) -> None:
         """Read the file.
@@ -2432,9 +2436,9 @@ class LogBuffer(logging.Handler):
         dropped += unwritten.count(b"\n")
         if not dropped:
             return
-        if not unwritten:  # otherwise, writing the notice would fail, too
-            unwritten = self._write_to_stream(f"{utc_now()} Log lines dropped: {dropped}\n")
-        if unwritten:
+        notice = f"{utc_now()} Log lines dropped: {dropped}\n"
+        # After a failed write, do not even try to write the notice.
+        if unwritten or self._write_to_stream(notice):
             with self._guard:
                 self._dropped += dropped  # for a later notice
 
@@ -2529,9 +2533,10 @@ def json_or_repr(value: object) -> str:
 
 # ---- All connections -----------------------------------------------------------------------------
 #
-# The threads share the state in this table. Every write is a single assignment or a single change
-# to a set; in CPython, both are atomic. A reader may act on an old value for a moment. Where that
-# could do harm, the table says why it does not.
+# The main thread, the accept thread, the connection threads and the writer of a GroupCommit share
+# the state in this table. Every write is a single assignment or a single change to a set; in
+# CPython, both are atomic. A reader may act on an old value for a moment. Where that could do harm,
+# the table says why it does not.
 #
 #   attribute                    written by                  read by
 #   ---------------------------  --------------------------  --------------------------------------

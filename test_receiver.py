@@ -119,7 +119,7 @@ class Record(NamedTuple):
     body: bytes
     status: int
     message: str  # how receiver.py's own message begins
-    words: list[str]  # `names` in the file: what the message of any implementation should contain
+    words: list[str]  # for the message of any implementation to contain; `names` in the file
     call: dict[str, Any]
 
 
@@ -149,7 +149,10 @@ REFUSED = fixture_records("refused.json")
 
 
 class Recorder(receiver.Destination):
-    """A destination that supports every type, records its arguments, and answers as told."""
+    """A destination that supports every type, and records the arguments of its handlers.
+
+    They return `result`, or raise it if it is an exception, or call it if it is a function.
+    """
 
     def __init__(self, result: Any = None) -> None:
         self.result = result
@@ -172,7 +175,7 @@ class Unprintable:
 
 
 class FixtureDestination(Recorder):
-    """The destination that the fixtures assume: it does not support screen and alias."""
+    """The destination that the fixtures assume: it supports neither screen nor alias."""
 
     screen = alias = None  # type: ignore[assignment]
 
@@ -388,7 +391,7 @@ class RunningReceiver(contextlib.AbstractContextManager["RunningReceiver"]):
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningReceiver]:
-    """One receiver for all tests that leave it as it was."""
+    """One receiver, for tests that neither stop it nor depend on what it has stored."""
     with RunningReceiver(tmp_path_factory.mktemp("running")) as shared:
         yield shared
 
@@ -545,8 +548,8 @@ class Load(contextlib.AbstractContextManager["Load"]):
                     break
 
     def wait_for_acknowledged(self, count: int) -> None:
-        """Wait until more than this many calls have been acknowledged."""
-        wait_until(lambda: len(self.acknowledged) > count, 60)
+        """Wait until at least this many calls have been acknowledged."""
+        wait_until(lambda: len(self.acknowledged) >= count, 60)
 
     def wait(self) -> None:
         """Wait until every client has reached the limit."""
@@ -976,7 +979,7 @@ def test_only_nested_brackets_count_towards_the_depth(text: str, value: object) 
 
 
 # `parse_json` determines the depth only of a text with more than 500 opening brackets. The empty
-# array in "b" has the 501st.
+# array in "b" brings their number to 501.
 @cases(
     "text, value",
     {
@@ -1007,7 +1010,7 @@ def test_json_may_be_nested_500_levels_deep(text: str, value: object) -> None:
             '{"a_b": 2, "aB": 1, "A-B": 3}',
             {"a_b": 2, "aB": 1, "A-B": 3},
         ),
-        # "A𝐂" would become "a𝐂", and "a𝐂" would become "a_𝐂", because 𝐂 has no lower-case form.
+        # 𝐂 is a capital letter, but has no lower-case form: "A𝐂" would become "a𝐂", and then "a_𝐂".
         # Both names are taken by other keys, so nothing is renamed.
         "keys whose new names are taken, one of them by a key that would be renamed itself": (
             '{"a_𝐂": 1, "A𝐂": 2, "a𝐂": 3}',
@@ -1228,20 +1231,6 @@ def test_the_caches_for_keys_in_snake_case_have_a_limit() -> None:
     known = inspect.getclosurevars(receiver.snake_keys).nonlocals["known_snake_case"]
     assert 0 < len(cache) <= receiver.MAX_CACHED_TEXTS
     assert 0 < len(known) <= receiver.MAX_CACHED_TEXTS
-
-
-@on_linux
-def test_a_flood_of_keys_does_not_fill_the_memory(running: RunningReceiver) -> None:
-    with TlsClient(running) as client:
-        before = running.memory_mb()
-        # Short keys, and then keys that are too long for the caches. Of each, some are already in
-        # snake_case, and some have to be converted.
-        for prefix in ("k", "kA", "long" * 40, "Long" * 40):
-            for flood in range(5):
-                keys = {f"{prefix}{flood}x{number}": 0 for number in range(2500)}
-                assert client.status(request({**TRACK, "properties": keys})) == 200
-    # If the caches had no limits, they would grow by some 20 MB.
-    assert running.memory_mb() - before < 12
 
 
 # ---- Rungs 8 and 9: the type of call -------------------------------------------------------------
@@ -2262,11 +2251,11 @@ def test_a_call_is_one_row_with_its_times_in_utc(store: FileStore) -> None:
         message_id="m1",
         timestamp="2026-01-15T01:00:00+01:00",
     )
-    [(*columns, timestamp, received_at)] = store.find(
+    [(*values, timestamp, received_at)] = store.find(
         "select customer, message_id, type, user_id, anonymous_id, timestamp, received_at"
         " from calls"
     )
-    assert columns == ["demo", "m1", "track", "u1", "a1"]
+    assert values == ["demo", "m1", "track", "u1", "a1"]
     assert timestamp == "2026-01-15T00:00:00.000Z"
     assert re.fullmatch(TIME, received_at)
     assert abs((datetime.fromisoformat(received_at) - before).total_seconds()) < 5
@@ -3228,6 +3217,20 @@ def test_the_rest_of_a_refused_body_must_arrive_within_the_timeout(
         started = time.monotonic()
         assert client.is_closed()
         assert TIMEOUT * 0.8 < time.monotonic() - started < TIMEOUT + 2
+
+
+@on_linux
+def test_a_flood_of_keys_does_not_fill_the_memory(running: RunningReceiver) -> None:
+    with TlsClient(running) as client:
+        before = running.memory_mb()
+        # Short keys, and then keys that are too long for the caches. Of each, some are already in
+        # snake_case, and some have to be converted.
+        for prefix in ("k", "kA", "long" * 40, "Long" * 40):
+            for flood in range(5):
+                keys = {f"{prefix}{flood}x{number}": 0 for number in range(2500)}
+                assert client.status(request({**TRACK, "properties": keys})) == 200
+    # If the caches had no limits, they would grow by some 20 MB.
+    assert running.memory_mb() - before < 12
 
 
 @on_linux
@@ -5325,7 +5328,7 @@ def test_the_calls_option_of_add_key_limits_the_key_to_those_types(tmp_path: Pat
 #
 # Given an address and API keys, it checks any endpoint. `make conformance` runs it; the section
 # "Test your own endpoint" of README.md explains the report, and variables such as CALLS. The checks
-# know nothing of receiver.py; only `judge_our_receiver`, which `make test` uses, does.
+# know nothing of receiver.py; `judge_our_receiver`, in `make test`, applies them to it.
 #
 # A check is a sentence about the endpoint, and a way to find out whether it is true. Most checks
 # are data: fixtures/conformance.json has requests, and the statuses that are expected. A MUST is an
@@ -5344,11 +5347,12 @@ CALL_NUMBERS = itertools.count(1)
 
 NOT_JSON = object()
 
-REPLY_SECONDS = 5.0  # Segment waits no longer than this
+REPLY_SECONDS = 5.0  # Segment may wait no longer than this
 REPLY_LIMIT = 1.4 * REPLY_SECONDS  # for connecting and a whole reply, even on a busy machine
-CONNECT_LIMIT = 2 * REPLY_SECONDS  # for TCP and for the TLS handshake; leaves no time for a reply
-# After this, no new request is sent. The plain call before, and the last request, may take longer.
-RUN_SECONDS = 45 - REPLY_LIMIT - CONNECT_LIMIT
+LONGEST_CONNECT = 2 * REPLY_SECONDS  # a time-out for TCP, and one for the TLS handshake
+# After this, no new request is sent. So a run takes at most 45 seconds, even if the plain call that
+# begins it takes REPLY_LIMIT, and if the last request then takes LONGEST_CONNECT.
+RUN_SECONDS = 45 - REPLY_LIMIT - LONGEST_CONNECT
 MAX_REPLY = 65_536  # bytes
 
 
@@ -5878,7 +5882,7 @@ def list_failures(failures: Sequence[tuple[str, str]]) -> str:
     return "\n".join([*lines, first_exchange])
 
 
-PLAIN: dict[str, Any] = {}  # differs in nothing from a plain call
+PLAIN: dict[str, Any] = {}  # no differences from a plain call
 UNAUTHORIZED: list[dict[str, Any]] = [
     {"headers": {"Authorization": None}},
     {"credentials": "{unknown}:"},
@@ -5969,7 +5973,7 @@ def shows_no_traceback(reply: KitReply, _: Target) -> bool:
 def requests_that_may_crash(target: Target) -> Iterator[tuple[KitRequest, KitRequest]]:
     """Requests that may crash an endpoint, each with a copy that has a new message_id.
 
-    If the request itself sets the message_id or the whole body, that of the copy is not new.
+    If conformance.json sets the message_id of a request, or its whole body, the copy is the same.
     """
     for check in CONFORMANCE["checks"]:
         if check.get("may_crash"):
@@ -6294,7 +6298,7 @@ def judge_all(checks: Sequence[Check], target: Target, findings: dict[str, Findi
 
 
 def stop(text: str) -> NoReturn:
-    """End the run with one sentence and status 2."""
+    """End the run with this text, a pointer to README.md, and status 2."""
     pytest.exit(f'{text}. See "Test your own endpoint" in README.md.', 2)
 
 
@@ -6391,7 +6395,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 class Report:
-    """The parts of the report that pytest does not have."""
+    """A plugin that adds to the report of pytest, and sets the exit status of an incomplete run."""
 
     selected = 0  # how many checks will run
 
@@ -6609,8 +6613,8 @@ def correct_reply(
         return error_reply(501)
     if call["type"] not in (PERMITTED_TYPES[api_key] or ORIGINAL_CALLS):
         return error_reply(403)
-    has_valid_settings = headers.get("x-segment-settings") != "?"  # which is not base64
-    if not has_valid_settings or not has_valid_fields(call):
+    has_malformed_settings = headers.get("x-segment-settings") == "?"  # the only such value
+    if has_malformed_settings or not has_valid_fields(call):
         return error_reply(400)
     return KitReply(200, {}, b"")
 
@@ -7374,7 +7378,7 @@ def test_pytest_exits_with_2_if_the_run_cannot_begin() -> None:
     assert "0 kept" not in done.stdout
 
 
-def test_a_marker_expression_other_than_conformance_alone_is_refused() -> None:
+def test_a_marker_expression_with_more_than_conformance_is_refused() -> None:
     done = run_kit(OriginalTypes(), "-m", "conformance and not slow")
     assert done.returncode == 2
     assert "Use -m conformance alone, and -k to select checks" in done.stdout + done.stderr
@@ -8203,7 +8207,8 @@ def pg_call(
 ) -> receiver.Call:
     raw = {"type": kind, "user_id": "u1", "event": "E", "message_id": message_id}
     raw |= {"timestamp": timestamp, **fields}
-    return receiver.parse_call(raw, "demo", {}, len(str(raw)), receiver.utc_now)
+    size = len(json.dumps(raw))
+    return receiver.parse_call(raw, "demo", {}, size, receiver.utc_now)
 
 
 def post_to(url: str, **fields: Any) -> int:
@@ -8417,8 +8422,9 @@ def test_a_call_with_an_id_too_long_for_an_index_is_refused_and_the_rest_of_its_
                 good = [pool.submit(post_to, running.url, message_id=f"m{n}") for n in range(1, 6)]
                 bad = pool.submit(post_to, running.url, **{"message_id": "bad", field: too_long})
                 destination: Any = running.endpoint.destination
-                # All six calls must be one batch. The writer replaces `_queue` when it takes a
-                # batch, so an unchanged list shows that it has taken none of them.
+                # The bad call and the five good ones must be in one batch. The writer takes a batch
+                # by replacing the list `_queue`. So if this is still the same list, and has six
+                # calls, none of them has been taken.
                 queue_before = destination._queue
                 wait_until(lambda: len(destination._queue) == 6)
                 assert destination._queue is queue_before
@@ -8432,7 +8438,7 @@ def test_a_call_with_an_id_too_long_for_an_index_is_refused_and_the_rest_of_its_
 IN_TIME = 4.5  # seconds; less than Segment waits
 
 
-def test_calls_are_refused_with_503_while_the_database_is_down_and_stored_once_it_is_back(
+def test_calls_get_503_while_the_database_is_down_and_are_stored_when_it_is_back(
     database: Cluster, destinations: list[Any]
 ) -> None:
     first, second = destinations
