@@ -1348,7 +1348,7 @@ COMMON_COLUMNS = f"""customer, message_id, user_id, anonymous_id, timestamp, rec
 TRAITS_COLUMN = object_column("traits")
 PROPERTIES_COLUMN = object_column("properties")
 
-# `open_database` splits this text at semicolons, so no comment or string in it may contain one.
+# `open_database` splits this text at each semicolon that ends a line.
 SCHEMA = f"""
 create table calls (
     customer text not null,
@@ -1576,7 +1576,7 @@ def open_database(path: str) -> sqlite3.Connection:
             db.execute("begin immediate")  # if another receiver is doing the same, wait for it
             schema_version = db.execute("pragma user_version").fetchone()[0]
             if schema_version == 0:
-                for statement in SCHEMA.split(";"):
+                for statement in SCHEMA.split(";\n"):
                     db.execute(statement)
         db.execute("pragma journal_mode = wal")
         db.execute("pragma synchronous = full")  # a commit returns once it is on disk
