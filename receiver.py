@@ -1746,7 +1746,7 @@ def parse_head(head: str, /) -> Head:
     method, target, major, minor = parts.groups()
     if len(target) > MAX_TARGET:
         raise Refusal(414, f"Request target must be at most {MAX_TARGET} bytes long")
-    if major != "1":  # if there ever is an HTTP/1.2, it is compatible with 1.1 (RFC 9110 §2.5)
+    if major != "1":  # any minor version would be compatible with 1.1 (RFC 9110 §2.5)
         raise Refusal(505, "HTTP version must be 1.1 or 1.0")
 
     headers = parse_headers(header_lines)
@@ -1754,7 +1754,7 @@ def parse_head(head: str, /) -> Head:
     if "host" not in headers and not is_http_1_0:
         raise Refusal(400, "Missing Host header")
     length = parse_length(headers.pop("content-length", None))
-    has_transfer_coding = "transfer-encoding" in headers  # if it comes alone, rung 6 refuses it
+    has_transfer_coding = "transfer-encoding" in headers  # without a Content-Length, a 411 follows
     if length is not None and has_transfer_coding:  # the classic way to smuggle a request
         raise Refusal(400, "Transfer-Encoding and Content-Length must not be combined")
 
@@ -2007,7 +2007,8 @@ class Connection(BaseRequestHandler):
         # After a 411, the next bytes may be a body whose length the client did not give. They must
         # not be taken for a request.
         end_is_unknown = reply.status == 411
-        # A client that waits for "100 Continue" may send the body after all, or the next request.
+        # A client that waits for "100 Continue", and gets this reply instead, may send the body or
+        # the next request.
         next_bytes_are_unknown = self.expects_continue and self.body_left > 0
         too_long_to_discard = self.body_left > self.server.options.max_body
         if end_is_unknown or next_bytes_are_unknown or too_long_to_discard:
@@ -2120,8 +2121,8 @@ class Connection(BaseRequestHandler):
 
         Closing with unread input sends a reset, which could destroy the reply before the client has
         read it. So shut down the sending side, and read until the client closes, too. This takes at
-        most 2 * LINGER seconds, because no read, including that of `unwrap`, starts later than
-        LINGER seconds after this method, and each times out after LINGER seconds.
+        most 2 * LINGER seconds: the last read starts within LINGER seconds of the call, and every
+        read, including that of `unwrap`, times out after LINGER seconds.
         """
         end = time.monotonic() + LINGER
         self.deadline = math.inf  # this method ends by itself
@@ -2365,9 +2366,9 @@ MAX_LOG_BUFFER = 4_000_000  # characters
 class LogBuffer(logging.Handler):
     """Buffers the log; a separate thread writes it to standard error.
 
-    So standard error never delays a request. If its reader stalls, the log is delayed, and lines
-    beyond MAX_LOG_BUFFER are dropped. If writing fails, for example because the disk is full, the
-    lines are dropped at once.
+    This way, standard error never delays a request. If the program that reads it stalls, the log is
+    delayed, and lines beyond MAX_LOG_BUFFER are dropped. If writing fails, for example because the
+    disk is full, the lines are dropped at once.
 
     The server logs requests with `write`, because a logging record for each request would halve the
     number of calls per second. Other messages go through the logger `receiver`. The function `run`
@@ -2407,7 +2408,7 @@ class LogBuffer(logging.Handler):
         self.write(f"{utc_now()} " + "\n    ".join(map(printable, lines)) + "\n")
 
     def close(self) -> None:
-        """Have the thread write out the buffer and end. Waits for at most a second."""
+        """Make the thread write out the buffer, and then end. Waits for at most a second."""
         self._closing.set()
         self._thread.join(1)
         super().close()
@@ -2546,9 +2547,9 @@ def json_or_repr(value: object) -> str:
 #   Server.tls_context           accept thread               connection threads, once each
 #   Server.reload_requested      main and accept thread      accept thread
 #   Server.stopping              stop()                      stop(), accept and connection threads
-#   Server.on_failure            main thread                 accept thread; if it fails before the
-#                                                            main thread has set this, the main
-#                                                            thread sees that in Server.failed
+#   Server.on_failure            main thread                 accept thread; if that fails before
+#                                                            on_failure is set, Server.failed tells
+#                                                            the main thread
 #   Server.failed                accept thread               main thread
 #   Destination.failed           writer of a GroupCommit     accept and connection threads
 #   Keyring.keys                 accept thread               accept and main thread
