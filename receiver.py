@@ -1095,7 +1095,8 @@ class GroupCommit(Destination):
         """Prepare the queue. The first call that is submitted starts the writer."""
         self._is_open = False  # used by the writer only
         self._writer = threading.Thread(target=self._run, name="writer", daemon=True)
-        # Guards `failed` and the attributes below; notified when the queue or `_closing` changes.
+        # Guards the attributes below, and `failed`, which Destination defines. It is notified when
+        # the queue or `_closing` changes.
         self._changed = threading.Condition()
         self._queue: list[QueuedCall] = []
         self._queued_bytes = 0
@@ -1302,7 +1303,7 @@ def merged_traits(condition: str) -> str:
                 c.call -> trait.fullkey,
                 case
                     when trait.type in ('object', 'array') then trait.value
-                    -- The name of such a type is itself the JSON. `trait.value` is 1, 0 or null.
+                    -- Here, `trait.value` is 1, 0 or null, but the type's name is also its JSON.
                     when trait.type in ('true', 'false', 'null') then trait.type
                     else json_quote(trait.value)
                 end
@@ -1312,9 +1313,9 @@ def merged_traits(condition: str) -> str:
         from calls as c, json_each(c.call, '$.traits') as trait
         where {condition}
             and trait.key is not null -- if `traits` is null, json_each gives a row without a key
-            -- Leave out names that contain NUL. `fullkey` writes NUL as \u0000, and a backslash as
-            -- \\. So a name that contains the six characters \u0000, but no NUL, appears there as
-            -- \\u0000. Removing every \\ first keeps such a name from matching.
+            -- Leave out names that contain NUL, which `fullkey` writes as \u0000. It writes a
+            -- backslash as \\, so remove each \\ first. Otherwise, a name that contains a backslash
+            -- followed by u0000 would match, too.
             and instr(replace(trait.fullkey, '\\', ''), '\u0000') = 0
     )
     select json_group_object(name, json(value)) from (
@@ -1390,8 +1391,8 @@ create view accounts as
     group by group_id, customer;
 
 -- Segment keeps a destination in private beta until it has at least 10 customers, or has received
--- more than 20 million events, which means calls of any type. This view counts the customers and
--- the events, and shows whether either condition is fulfilled.
+-- more than 20 million events. This view counts the customers and the events, which are calls of
+-- any type except delete, and shows whether either condition is fulfilled.
 create view private_beta as
     select count(distinct customer) as customers, count(*) as events,
         count(distinct customer) >= 10 or count(*) > 20000000 as fulfilled
@@ -1450,8 +1451,8 @@ def call_row(call: Call) -> dict[str, str | None]:
     """Return the row that stores a call: a mapping from column names to values.
 
     For a `delete` call, only the type, the ids and the times are stored. If its timestamp is in the
-    future, the column `timestamp` gets the current time instead. Otherwise, calls about the user
-    that arrive after the delete would be discarded, too, until that time.
+    future, the column `timestamp` gets the current time instead. Otherwise, new calls about
+    the user would be discarded until that future time.
     """
     received_at = utc_now()
     timestamp = call.timestamp
