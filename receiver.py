@@ -1866,7 +1866,7 @@ parse_head = with_head_cache(parse_head)
 
 RECEIVE_SIZE = 16_384  # bytes; a TLS record holds at most this many
 LINGER = 2.0  # seconds: the time for a last reply after `hang_up`, and for reading in `drain`
-PLAIN_HTTP = re.compile(rb"[A-Z]+ ")  # how most plain HTTP begins, and TLS never does
+PLAIN_HTTP = re.compile(rb"[A-Z]+ ")  # the start of most plain HTTP, but never of TLS
 REASON_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -2369,7 +2369,7 @@ class LogBuffer(logging.Handler):
 
     This way, standard error never delays a request. If the program that reads it stalls, the log is
     delayed, and lines beyond MAX_LOG_BUFFER are dropped. If writing fails, for example because the
-    disk is full, the lines are dropped at once.
+    disk is full, the lines are dropped without a retry.
 
     The server logs requests with `write`, because a logging record for each request would halve the
     number of calls per second. Other messages go through the logger `receiver`. The function `run`
