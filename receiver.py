@@ -27,8 +27,8 @@ Segment acts on the status code of the reply, which it expects within about five
     all other 4xx, 501 and 505                 dropped for good
 
 202 means that the call is stored, but not yet processed. Do not redirect: Segment does not follow
-redirects. Send no body with a 200 or 202. An error reply may have a JSON object as its body. If its
-Content-Type is application/json, Segment shows the `message` in it to the customer:
+redirects. Send no body with a 200 or 202. The body of an error reply may be a JSON object. If the
+reply's Content-Type is application/json, Segment shows the object's `message` to the customer:
 
     {"message": "Missing user_id or anonymous_id"}
 
@@ -429,8 +429,8 @@ def check_body_headers(request: Request, max_body: int) -> None:
 # ---- Rung 7: the body, and the settings ----------------------------------------------------------
 
 # The maximum nesting depth of arrays and objects. The JSON parsers of Python, SQLite and PostgreSQL
-# can handle this depth. At one to several thousand levels, they fail; in a thread with a small
-# stack, Python's parser even crashes the process.
+# can handle this depth. Each of them fails at some greater depth, from about one thousand levels to
+# several thousand; in a thread with a small stack, Python's parser even crashes the process.
 MAX_DEPTH = 500
 
 # Analytics SDKs post batches to Segment. Segment forwards single calls, because one status code
@@ -511,10 +511,10 @@ def parse_json(data: bytes, label: str) -> Any:
     return value
 
 
-# Matches a part of a JSON text that does not affect the nesting depth: a string with any brackets
-# in it, which extends to the end of the text if it is never closed; or a run of characters other
-# than brackets and quotation marks. The possessive quantifiers never backtrack, so even invalid
-# JSON takes only linear time.
+# Matches a part of a JSON text that does not affect the nesting depth: a whole string, including
+# any brackets in it (or the rest of the text, if the string is never closed); or a run of
+# characters other than brackets and quotation marks. The possessive quantifiers never backtrack,
+# so even invalid JSON takes only linear time.
 NOT_NESTING = re.compile(r'"(?:[^"\\]|\\.)*+"?|[^\[\]{}"]++', re.DOTALL)
 
 
@@ -622,11 +622,12 @@ def recognize_fields(raw: dict[str, Any]) -> dict[str, Any]:
     underscores, hyphens and spaces.
 
     A member with another spelling is renamed if no member has the protocol's name yet, or if the
-    one that has it is null, which it then replaces. Otherwise, the member keeps its key. So the
-    protocol's own spelling takes precedence, then the first of the others, and a null never hides a
-    value. A renamed member moves to the end, or takes the position of the null that it replaces.
+    value under that name is null; the renamed member then replaces the null. Otherwise, the
+    member keeps its key. So the protocol's own spelling takes precedence, then the first of the
+    others, and a null never hides a value. A renamed member moves to the end, or takes the position
+    of the null that it replaces.
     """
-    # The keys of FIELD_CHECKS, below, are the protocol's names of all fields.
+    # The keys of FIELD_CHECKS, below, are the protocol's names for the fields.
     other_keys = [key for key in raw if key not in FIELD_CHECKS]
     for key in other_keys:
         name = FIELD_BY_SQUASHED_NAME.get(squash(key))
@@ -741,7 +742,7 @@ class Call:
     traits: dict[str, Any]  # identify: facts about the user; group: facts about the group
     properties: dict[str, Any]  # track, page and screen: details
     context: dict[str, Any]  # IP address, user agent, library, campaign, ...
-    integrations: Any = None  # which of the customer's destinations get the call; not used here
+    integrations: Any = None  # which Segment destinations get the call; not used here
     message_id: str = ""  # unique per call; the same in a retry only if the sender gave one
     timestamp: str = ""  # the best estimate of when it happened; order calls by this
     sent_at: str | None = None  # when the website, app or server sent it to Segment
@@ -966,8 +967,9 @@ def dispatch(handler: Callable[..., Any], call: Call) -> int:
 
 # ---- Speed ---------------------------------------------------------------------------------------
 #
-# Most requests use one of a few API keys, and the keys in their JSON objects come from the same few
-# hundred. This section caches what is computed from both. Deleting it would not change any reply.
+# Most requests use one of a few API keys, and their JSON objects use the same few hundred names.
+# This section caches the digests of the API keys, and the names in snake_case. Deleting it would
+# not change any reply.
 #
 # It replaces `key_digest` and `snake_case` with cached versions, and `snake_keys` with a version
 # that returns an object as it is if all its keys are known to be in snake_case. The replacements
