@@ -1110,9 +1110,10 @@ class GroupCommit(Destination):
         A Refusal in place of an outcome refuses that call alone. Raising a Refusal refuses the
         whole batch: raise one with status 503 if the database cannot be reached.
 
-        After any other exception, the calls of the batch are written again one at a time, so that
-        one bad call does not make the others fail. A call that fails alone is answered with 500.
-        Roll back the transaction before any exception leaves this method.
+        After any other exception, a batch of several calls is written again, one call at a time, so
+        that one bad call does not make the others fail. If a batch of one call raises an exception,
+        that call is answered with 500. Roll back the transaction before any exception leaves this
+        method.
         """
         raise NotImplementedError
 
@@ -1305,7 +1306,7 @@ def merged_traits(condition: str) -> str:
                 c.call -> trait.fullkey,
                 case
                     when trait.type in ('object', 'array') then trait.value
-                    -- Here, `trait.value` is 1, 0 or null, but the type's name is also its JSON.
+                    -- Here, `trait.value` is 1, 0 or null in SQL; the name of the type is the JSON.
                     when trait.type in ('true', 'false', 'null') then trait.type
                     else json_quote(trait.value)
                 end
@@ -1359,7 +1360,7 @@ create table calls (
     type text not null,
     user_id text,
     anonymous_id text,
-    timestamp text not null, -- Call.timestamp, but for a delete at most the current time
+    timestamp text not null, -- Call.timestamp; for a delete, at most the current time
     received_at text not null, -- when it was stored here (received_at in the JSON is Segment's)
     call text not null, -- the call as JSON, with its keys in snake_case
     primary key (customer, message_id)
@@ -1453,8 +1454,8 @@ def call_row(call: Call) -> dict[str, str | None]:
     """Return the row that stores a call: a mapping from column names to values.
 
     For a `delete` call, only the type, the ids and the times are stored. If its timestamp is in the
-    future, the column `timestamp` gets the current time instead. Otherwise, new calls about
-    the user would be discarded until that future time.
+    future, the column `timestamp` gets the current time instead. Otherwise, new calls about the
+    user would be discarded until that future time.
     """
     received_at = utc_now()
     timestamp = call.timestamp
@@ -1480,8 +1481,9 @@ class Store(GroupCommit):
 
     A row is synced to disk before its call is acknowledged. A duplicate is acknowledged, but not
     stored. A delete takes effect as of its timestamp, or as of the current time if its timestamp is
-    in the future. It removes the user's calls up to and including that time, except for earlier
-    deletes. If a call from that period arrives later, it is acknowledged, but not stored.
+    in the future. It removes the user's calls with a timestamp up to and including that time,
+    except for deletes. If a call with such a timestamp arrives later, it is acknowledged, but not
+    stored.
     """
 
     def __init__(self, path: str | os.PathLike[str] = "calls.db") -> None:
@@ -1584,7 +1586,7 @@ def open_database(path: str) -> sqlite3.Connection:
         db.execute("pragma journal_mode = wal")
         db.execute("pragma synchronous = full")  # a commit returns once it is on disk
         db.execute("pragma fullfsync = on")  # macOS would otherwise sync only to the drive's cache
-        db.execute("pragma secure_delete = on")  # zero deleted rows, even in pages that become free
+        db.execute("pragma secure_delete = on")  # overwrite deleted rows with zeros
         db.execute(f"pragma wal_autocheckpoint = {WAL_PAGES}")
         db.execute(f"pragma journal_size_limit = {WAL_BYTES}")
     except sqlite3.Error:
@@ -1650,8 +1652,8 @@ def read_regular_file(path: str) -> bytes:
     """Return the content of a regular file.
 
     The file is opened without blocking and checked afterwards, so that a FIFO cannot block the
-    caller, even if it takes the place of the file at the last moment. Raises ConfigurationError if
-    it is not a regular file, and OSError if it cannot be read.
+    caller, even one that replaces the file at the last moment. Raises ConfigurationError if the
+    path does not name a regular file, and OSError if the file cannot be read.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
@@ -2476,8 +2478,8 @@ def log_entry(reply: Reply, seconds: float, verbose: bool) -> str:
         200 track demo u1 'Signed Up' duplicate 0.6 ms
         400 track demo u1 - 0.2 ms Missing event
 
-    The traceback of an internal error and, with `verbose`, the content of the call follow on
-    indented lines. Everything from outside is escaped, so that it cannot forge lines.
+    Indented lines follow, with the traceback of an internal error, and with the content of the call
+    if `verbose` is true. Everything from outside is escaped, so that it cannot forge lines.
     """
     raw = reply.raw  # empty if the body was not parsed; its values may be of any type
     user = raw.get("user_id")
@@ -3106,7 +3108,8 @@ def options_from_keywords(
     """Parse keyword arguments as though they were options on the command line.
 
     None stands for an option that was not given. An option that takes no value on the command line,
-    such as --quiet, is given as True or False. Raises ConfigurationError.
+    such as --quiet, is given as True or False. Raises ConfigurationError if an option is unknown,
+    or if its value is invalid.
     """
     parser = make_parser(destination)
     defaults = vars(parser.parse_args([]))  # maps the name of each option to its default
@@ -3114,15 +3117,15 @@ def options_from_keywords(
     for name, value in keywords.items():
         if name not in defaults:
             raise ConfigurationError(f"unknown option {short_repr(name)}")
-        option = "--" + name.replace("_", "-")
         if value is None:
             continue
         is_flag = isinstance(defaults[name], bool)
+        if is_flag and not isinstance(value, bool):
+            raise ConfigurationError(f"{name} must be True or False, not {short_repr(value)}")
+        option = "--" + name.replace("_", "-")
         if not is_flag:
             words.append(f"{option}={value}")
-        elif not isinstance(value, bool):
-            raise ConfigurationError(f"{name} must be True or False, not {short_repr(value)}")
-        elif value:
+        elif value:  # False means leaving out the option
             words.append(option)
     return with_default_keys(parser.parse_args(words))
 
@@ -3214,8 +3217,9 @@ def run(destination: Destination | None, options: argparse.Namespace) -> int:
     # But the destination's constructor may have started a thread that does not block them.
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    for number in signals:
-        signal.signal(number, redirect_signal)
+    with contextlib.suppress(ValueError):  # Python allows this only in the main thread
+        for number in signals:
+            signal.signal(number, redirect_signal)
     raise_file_limit(options.max_connections)
     avoid_preemption()
     server = Server(destination, options)
@@ -3418,8 +3422,8 @@ def append_entry(path: str, entry: Mapping[str, Any]) -> None:
         old_stat = os.stat(path)
         entries, _ = read_keys_file(path)
     entries.append(entry)
-    lines = ",\n  ".join([json.dumps(each, ensure_ascii=False) for each in entries])
-    text = f"[\n  {lines}\n]\n"  # one entry on each line
+    joined = ",\n  ".join([json.dumps(each, ensure_ascii=False) for each in entries])
+    text = f"[\n  {joined}\n]\n"  # one entry on each line
 
     target = os.path.realpath(path)  # if the path is a symbolic link, replace what it points to
     directory = os.path.dirname(target)

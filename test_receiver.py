@@ -119,7 +119,7 @@ class Record(NamedTuple):
     body: bytes
     status: int
     message: str  # how receiver.py's own message begins
-    words: list[str]  # for the message of any implementation to contain; `names` in the file
+    words: list[str]  # words that any implementation's message should contain; `names` in the file
     call: dict[str, Any]
 
 
@@ -2795,7 +2795,7 @@ def test_a_second_receiver_waits_while_the_first_creates_the_database(
         assert begun.wait(10)
         with pytest.raises(TimeoutError):  # it still waits for the lock
             opened.result(timeout=0.3)
-        for statement in receiver.SCHEMA.split(";"):
+        for statement in receiver.SCHEMA.split(";\n"):
             first.execute(statement)
         first.commit()
         opened.result().close()
@@ -4238,6 +4238,20 @@ def test_repeated_signals_do_not_interrupt_the_shutdown(tmp_path: Path) -> None:
         (tmp_path / "may-close").touch()
         assert process.popen.wait(10) == 0
         assert "Traceback" not in process.log
+
+
+RUNS_IN_A_THREAD = """
+import receiver, threading
+
+thread = threading.Thread(target=receiver.main)
+thread.start()
+thread.join()
+"""
+
+
+def test_main_also_serves_in_a_thread_which_may_not_set_signal_handlers(tmp_path: Path) -> None:
+    with run_program(tmp_path, RUNS_IN_A_THREAD) as process:
+        assert post(process).status_code == 200
 
 
 STARTS_NO_TIMER = """
