@@ -1078,13 +1078,15 @@ class GroupCommit(Destination):
     """A destination that stores all waiting calls together, as one batch in one transaction.
 
     Syncing to a disk or crossing a network costs about the same for one call as for fifty. So the
-    connection threads only queue their calls, and a single thread, the writer, stores them in
-    batches.
+    threads that handle connections only queue their calls, and a single thread, the writer, stores
+    them in batches.
 
-    A subclass implements `write`, and may implement `open` and `shut`, which connect to a database
-    and disconnect from it; the writer calls all three. The server calls `close`, which ends the
-    writer. If the subclass has a constructor, it must call `super().__init__()`. Connect in `open`
-    and not in the constructor, so that the receiver starts even if the database is down.
+    A subclass implements `write`, and may implement `open`, which connects to a database, and its
+    counterpart `shut`, which disconnects. The writer calls all three. `close` is something else:
+    the server calls it to end the writer.
+
+    If the subclass has a constructor, it must call `super().__init__()`. Connect in `open` and not
+    in the constructor, so that the receiver starts even if the database is down.
 
     GroupCommit supports identify, track, page, group and delete. To support another type, add a
     method for it:
@@ -1098,7 +1100,7 @@ class GroupCommit(Destination):
         self._is_open = False  # used by the writer only
         self._writer = threading.Thread(target=self._run, name="writer", daemon=True)
         # Guards the attributes below, and `failed`, which Destination defines. It is notified when
-        # the queue or `_closing` changes.
+        # a call is queued, and when `_closing` is set.
         self._changed = threading.Condition()
         self._queue: list[QueuedCall] = []
         self._queued_bytes = 0
@@ -1187,7 +1189,10 @@ class GroupCommit(Destination):
     identify = track = page = group = delete = _handle
 
     def close(self) -> None:
-        """Let the writer store the calls that are still waiting. Waits at most STORE_TIMEOUT."""
+        """Refuse new calls, and let the writer store those in the queue and end.
+
+        This takes at most STORE_TIMEOUT; after that, the writer may still be running.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -1290,9 +1295,8 @@ def merged_traits(condition: str) -> str:
     call that contains it; of equally new calls, the one received last counts. A trait whose name
     contains NUL is left out, because SQLite would truncate the name.
 
-    The SQL is a subquery for the view. The view must read from a table or view with the alias
-    `owner`. The condition, in which `c` is a call, selects the calls that belong to the current row
-    of `owner`.
+    The SQL is a subquery. The query that contains it must give its source the alias `owner`. The
+    condition selects the calls that belong to the current row of `owner`; in it, `c` is a call.
     """
     return rf"""(
     -- Without `materialized`, SQLite would sort a copy of the whole call for each trait.
@@ -1306,7 +1310,7 @@ def merged_traits(condition: str) -> str:
                 c.call -> trait.fullkey,
                 case
                     when trait.type in ('object', 'array') then trait.value
-                    -- Here, `trait.value` is 1, 0 or null in SQL; the name of the type is the JSON.
+                    -- Here, `trait.value` is 1, 0 or null in SQL; `trait.type` is the JSON text.
                     when trait.type in ('true', 'false', 'null') then trait.type
                     else json_quote(trait.value)
                 end
@@ -1316,9 +1320,9 @@ def merged_traits(condition: str) -> str:
         from calls as c, json_each(c.call, '$.traits') as trait
         where {condition}
             and trait.key is not null -- if `traits` is null, json_each gives a row without a key
-            -- Leave out names that contain NUL, which `fullkey` writes as \u0000. It writes a
-            -- backslash as \\, so remove each \\ first. Otherwise, a name that contains a backslash
-            -- followed by u0000 would match, too.
+            -- Leave out names that contain NUL. `fullkey` writes NUL as \u0000, and a backslash as
+            -- \\. If a name has a backslash before u0000, `fullkey` has \\u0000, which contains
+            -- \u0000, too. Removing each \\ first prevents this false match.
             and instr(replace(trait.fullkey, '\\', ''), '\u0000') = 0
     )
     select json_group_object(name, json(value)) from (
@@ -1360,7 +1364,7 @@ create table calls (
     type text not null,
     user_id text,
     anonymous_id text,
-    timestamp text not null, -- Call.timestamp; for a delete, at most the current time
+    timestamp text not null, -- Call.timestamp; for a delete, no later than received_at
     received_at text not null, -- when it was stored here (received_at in the JSON is Segment's)
     call text not null, -- the call as JSON, with its keys in snake_case
     primary key (customer, message_id)
@@ -1525,7 +1529,10 @@ class Store(GroupCommit):
         return outcomes
 
     def close(self) -> None:
-        """Store the calls that are still waiting, and close the database."""
+        """Store the calls that are still waiting, and close the database.
+
+        The writer does not do this in `shut`, because it never runs if no call arrives.
+        """
         super().close()
         if not self._writer.is_alive():  # while the writer hangs, closing would hang, too
             self._db.close()
@@ -1546,8 +1553,8 @@ class Store(GroupCommit):
 
         Waiting for the reader would hold up calls. Instead, `write` tries again after each batch
         until this succeeds. If no further batch follows, SQLite removes the WAL when the last
-        connection to the database is closed. If the program ends without closing it, the first
-        batch of the next run truncates the WAL.
+        connection to the database is closed. If the program ends without closing its connection,
+        the first batch of the next run truncates the WAL.
         """
         with contextlib.suppress(sqlite3.Error):
             self._db.execute("pragma busy_timeout = 0")
@@ -1651,8 +1658,8 @@ def file_identity(path: str) -> tuple[int, int] | None:
 def read_regular_file(path: str) -> bytes:
     """Return the content of a regular file.
 
-    The file is opened without blocking and checked afterwards, so that a FIFO cannot block the
-    caller, even one that replaces the file at the last moment. Raises ConfigurationError if the
+    The file is opened without blocking and checked afterwards, so that not even a FIFO that
+    replaces the file at the last moment can block the caller. Raises ConfigurationError if the
     path does not name a regular file, and OSError if the file cannot be read.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
