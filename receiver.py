@@ -1189,9 +1189,9 @@ class GroupCommit(Destination):
     identify = track = page = group = delete = _handle
 
     def close(self) -> None:
-        """Refuse new calls, and let the writer store those in the queue and end.
+        """Refuse new calls, and wait until the writer has stored the queued calls and ended.
 
-        This takes at most STORE_TIMEOUT; after that, the writer may still be running.
+        The wait takes at most STORE_TIMEOUT; after that, the writer may still be running.
         """
         with self._changed:
             self._closing = True
@@ -1295,8 +1295,9 @@ def merged_traits(condition: str) -> str:
     call that contains it; of equally new calls, the one received last counts. A trait whose name
     contains NUL is left out, because SQLite would truncate the name.
 
-    The SQL is a subquery. The query that contains it must give its source the alias `owner`. The
-    condition selects the calls that belong to the current row of `owner`; in it, `c` is a call.
+    The SQL is a subquery. The enclosing query must give the alias `owner` to the table or view that
+    it selects from. The condition selects the calls that belong to the current row of `owner`, and
+    refers to the table `calls` as `c`.
     """
     return rf"""(
     -- Without `materialized`, SQLite would sort a copy of the whole call for each trait.
@@ -1344,7 +1345,7 @@ ACCOUNT_TRAITS = merged_traits(
 
 
 def object_column(name: str) -> str:
-    """Return SQL for a column with the value of a field, or {} if that is not an object."""
+    """Return SQL for a column that contains a field, or {} if the field is not an object."""
     return f"""case json_type(call, '$.{name}')
         when 'object' then call -> '$.{name}'
         else '{{}}'
@@ -1457,9 +1458,9 @@ to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 def call_row(call: Call) -> dict[str, str | None]:
     """Return the row that stores a call: a mapping from column names to values.
 
-    For a `delete` call, only the type, the ids and the times are stored. If its timestamp is in the
-    future, the column `timestamp` gets the current time instead. Otherwise, new calls about the
-    user would be discarded until that future time.
+    For a `delete` call, only the type, the ids and the times are stored. A timestamp in the future
+    would cause new calls about the user to be discarded until then, so the column `timestamp` gets
+    the current time instead.
     """
     received_at = utc_now()
     timestamp = call.timestamp
@@ -1531,7 +1532,8 @@ class Store(GroupCommit):
     def close(self) -> None:
         """Store the calls that are still waiting, and close the database.
 
-        The writer does not do this in `shut`, because it never runs if no call arrives.
+        The database is not closed in `shut`, because only the writer calls that, and the writer
+        never runs if no call arrives.
         """
         super().close()
         if not self._writer.is_alive():  # while the writer hangs, closing would hang, too
@@ -1766,7 +1768,8 @@ def parse_head(head: str, /) -> Head:
     if "host" not in headers and not is_http_1_0:
         raise Refusal(400, "Missing Host header")
     length = parse_length(headers.pop("content-length", None))
-    has_transfer_coding = "transfer-encoding" in headers  # without a Content-Length, a 411 follows
+    # Transfer codings are not supported. Without a Content-Length, rung 6 refuses them with a 411.
+    has_transfer_coding = "transfer-encoding" in headers
     if length is not None and has_transfer_coding:  # the classic way to smuggle a request
         raise Refusal(400, "Transfer-Encoding and Content-Length must not be combined")
 
@@ -1894,9 +1897,9 @@ class Connection(BaseRequestHandler):
     socket of the connection.
 
     Other threads use the attributes that are marked as shared; see the table in the section "All
-    connections". Once the deadline of a connection has passed, the accept thread hangs up on it:
-    then no further input is used, and a last reply may be sent. The deadline depends on what the
-    connection is doing (`timeout` and `keep_alive` are options of the server):
+    connections". Once the deadline of a connection has passed, the accept thread hangs up on it.
+    From then on, the connection ignores all input, but it can still send a last reply. The deadline
+    depends on what the connection is doing (`timeout` and `keep_alive` are options of the server):
 
         handshake and first request             `timeout` after the connection was accepted
         waiting for another request             `keep_alive` after the previous request
@@ -2190,7 +2193,7 @@ def check_partial_head(buffer: bytearray, resume_at: int) -> None:
         raise Refusal(400, "Malformed line; every line must end in CR LF")
     if len(buffer) > MAX_HEAD + 3:  # 3 bytes may belong to the CR LF CR LF that ends the head
         raise Refusal(431, f"Request head must be at most {MAX_HEAD} bytes long")
-    longest_request_line = MAX_TARGET + 99  # with a method and a version of normal length
+    longest_request_line = MAX_TARGET + 99  # 99 bytes are ample for the method and the version
     if len(buffer) > longest_request_line and b"\r\n" not in buffer:
         raise Refusal(414, f"Request target must be at most {MAX_TARGET} bytes long")
 
@@ -2485,8 +2488,8 @@ def log_entry(reply: Reply, seconds: float, verbose: bool) -> str:
         200 track demo u1 'Signed Up' duplicate 0.6 ms
         400 track demo u1 - 0.2 ms Missing event
 
-    Indented lines follow, with the traceback of an internal error, and with the content of the call
-    if `verbose` is true. Everything from outside is escaped, so that it cannot forge lines.
+    After an internal error, its traceback follows in indented lines. If `verbose` is true, so does
+    the content of the call. Everything from outside is escaped, so that it cannot forge lines.
     """
     raw = reply.raw  # empty if the body was not parsed; its values may be of any type
     user = raw.get("user_id")
@@ -3089,8 +3092,8 @@ def add_command_options(parser: Parser) -> None:
     add(
         "--add-key",
         metavar="CUSTOMER",
-        help="make an API key for CUSTOMER, add its digest to the --api-keys file,"
-        " print the key, and exit; needs --api-keys",
+        help="make an API key for CUSTOMER, add its digest to the file given by --api-keys"
+        " (required here), print the key, and exit",
     )
     add(
         "--calls",
@@ -3220,8 +3223,9 @@ def run(destination: Destination | None, options: argparse.Namespace) -> int:
     Returns the exit status, which is 1 if the server has failed, and otherwise 0. Raises
     ConfigurationError if an option, or a file that it names, cannot be used.
     """
-    # Block the signals here and in all threads that start later, so that only sigwait gets them.
-    # But the destination's constructor may have started a thread that does not block them.
+    # Block the signals here and in all threads that start later, so that only sigwait gets them. A
+    # thread that the destination's constructor has started may not block them. If it receives one,
+    # redirect_signal passes it on.
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     with contextlib.suppress(ValueError):  # Python allows this only in the main thread
@@ -3259,9 +3263,10 @@ def handle_signals(server: Server, signals: set[signal.Signals]) -> None:
 
 
 def redirect_signal(number: int, _: object) -> None:
-    """Send a signal that another thread has received to the main thread, where sigwait gets it.
+    """Send a signal to the main thread, where sigwait gets it.
 
-    Python calls this in the main thread. By default, the signal would have ended the process.
+    Python calls this handler in the main thread, if another thread has received the signal. Without
+    a handler, the signal would end the process.
     """
     signal.raise_signal(number)
 

@@ -151,7 +151,8 @@ REFUSED = fixture_records("refused.json")
 class Recorder(receiver.Destination):
     """A destination that supports every type, and records the arguments of its handlers.
 
-    They return `result`, or raise it if it is an exception, or call it if it is a function.
+    Each handler returns `result`. But if that is an exception, the handler raises it; if it is a
+    function, the handler returns the result of calling it.
     """
 
     def __init__(self, result: Any = None) -> None:
@@ -466,7 +467,7 @@ class TlsClient(contextlib.AbstractContextManager["TlsClient"]):
         return self
 
     def half_close(self) -> TlsClient:
-        """Shut down the sending side of the TCP connection, without a close_notify of TLS."""
+        """Shut down the sending side of the TCP connection, without sending a close_notify."""
         socket.socket.shutdown(self.tls, socket.SHUT_WR)
         return self
 
@@ -496,6 +497,7 @@ class TlsClient(contextlib.AbstractContextManager["TlsClient"]):
         length = 0 if head_only else int(headers.get("content-length", 0))
         while len(self.buffer) < length:
             if not self.receive():
+                self.buffer = top + b"\r\n\r\n" + self.buffer  # keep what arrived of the reply
                 return ReceivedReply()
         body = self.buffer[:length]
         self.buffer = self.buffer[length:]
@@ -552,7 +554,7 @@ class Load(contextlib.AbstractContextManager["Load"]):
         wait_until(lambda: len(self.acknowledged) >= count, 60)
 
     def wait(self) -> None:
-        """Wait until every client has reached the limit."""
+        """Wait until every client has ended."""
         for client in self.clients:
             client.result()
 
@@ -1010,8 +1012,8 @@ def test_json_may_be_nested_500_levels_deep(text: str, value: object) -> None:
             '{"a_b": 2, "aB": 1, "A-B": 3}',
             {"a_b": 2, "aB": 1, "A-B": 3},
         ),
-        # 𝐂 is a capital letter, but has no lower-case form: "A𝐂" would become "a𝐂", and then "a_𝐂".
-        # Both names are taken by other keys, so nothing is renamed.
+        # 𝐂 is a capital letter without a lower-case form. So "A𝐂" would become "a𝐂", and "a𝐂" would
+        # become "a_𝐂". Both new names are taken by other keys, so nothing is renamed.
         "keys whose new names are taken, one of them by a key that would be renamed itself": (
             '{"a_𝐂": 1, "A𝐂": 2, "a𝐂": 3}',
             {"a_𝐂": 1, "A𝐂": 2, "a𝐂": 3},
@@ -2290,8 +2292,8 @@ def test_users_and_accounts_are_found_through_an_index(
 ) -> None:
     query = f"select traits, last_seen from {view} where {condition}{id_column} = 'x'"
     plan = [step for *_, step in store.find(f"explain query plan {query}")]
-    # A step is, for example, SEARCH c USING INDEX calls_by_user (user_id=? AND customer=?). It has
-    # the name of the table, or the alias `c` or `owner` that a view gives it.
+    # A step is, for example, SEARCH c USING INDEX calls_by_user (user_id=? AND customer=?). The
+    # second word is the table: `calls`, or its alias in a view, which is `c` or `owner`.
     reads_of_calls = [step for step in plan if re.match(r"\w+ (calls|c|owner)\b", step)]
     assert len(reads_of_calls) == 2  # one for the row, and one for its traits
     assert all(index_lookup in step for step in reads_of_calls)
@@ -2824,8 +2826,8 @@ def test_two_receivers_on_one_new_database_neither_lose_nor_duplicate_a_call(
 # ==================================================================================================
 # Part 3. The server
 #
-# The server over real TLS, most of the time in a separate process. First the head of a request,
-# then one connection, the keys file, the log, all connections, TLS, and hostile clients.
+# The server over real TLS, mostly in a separate process: the head of a request, one connection, the
+# keys file, the log, the server as a whole, TLS, and hostile clients.
 # ==================================================================================================
 
 # ---- Rung 1: the head of a request ---------------------------------------------------------------
@@ -2920,7 +2922,7 @@ REFUSED_HEADS: dict[str, tuple[list[bytes], int, str]] = {
         "Malformed header line 4",
     ),
     "whitespace before the colon": (
-        [head("X : a"), head("X\xa0: a")],  # the latter is a no-break space
+        [head("X : a"), head("X\xa0: a")],  # \xa0 is a no-break space
         400,
         "Malformed header line 3",
     ),
@@ -3673,7 +3675,7 @@ def test_verbose_does_not_indent_each_level_of_a_deep_call(tmp_path: Path) -> No
         deep = [deep]
     with RunningReceiver(tmp_path, "--verbose") as process, TlsClient(process) as client:
         assert client.status(request({**TRACK, "properties": {"a": deep}})) == 200
-        # The call has about 90 KB, and 60 KB without the spaces. If every level were indented, it
+        # The call takes about 90 KB, or 60 KB without the spaces. If every level were indented, it
         # would take over 50 MB.
         process.flush_log()
         assert 60_000 < len(process.log) < 1_000_000
@@ -4014,8 +4016,8 @@ def test_one_sighup_reads_the_certificate_only_once(tmp_path: Path) -> None:
         assert process.log.count("Reloaded the certificate") == 1
 
 
-# The accept thread calls service_actions in every round. It is replaced by the first call, so that
-# the server starts normally.
+# The accept thread runs service_actions in every round. The handler breaks that method only when
+# the first track call arrives, so that the server starts normally.
 BREAKS_THE_ACCEPT_THREAD = """
 import receiver
 
@@ -4127,7 +4129,7 @@ def test_a_request_that_arrives_after_the_server_has_hung_up_is_not_handled() ->
     with receiver.serve(destination, port=0) as server, TlsClient(server) as client:
         assert client.status(request()) == 200
         [connection] = server.connections
-        # As if another thread had hung up just before this connection's thread wakes up.
+        # As if another thread had hung up just before this connection's thread woke up.
         connection.hung_up = True
         client.send(request())
         assert client.is_closed()
@@ -4229,7 +4231,8 @@ receiver.main(Threaded())
 
 
 def test_repeated_signals_do_not_interrupt_the_shutdown(tmp_path: Path) -> None:
-    # A signal reaches whichever thread does not block it.
+    # `main` blocks the signals in its own thread and in those that start later. The thread that the
+    # constructor starts is older and does not block them, so it receives them.
     with run_program(tmp_path, STARTS_A_THREAD_IN_ITS_CONSTRUCTOR) as process:
         process.send_signal(signal.SIGTERM)
         process.wait_for_log("Closing")
@@ -4508,9 +4511,9 @@ def track_with(properties: str) -> bytes:
     return request(call.encode())
 
 
-def track_with_keys(parts: Sequence[str], count: int) -> bytes:
+def track_with_keys(parts: Sequence[str], parts_per_key: int) -> bytes:
     """A track call whose properties have all keys that consist of this many parts."""
-    keys = ("".join(key) for key in itertools.product(parts, repeat=count))
+    keys = ("".join(key) for key in itertools.product(parts, repeat=parts_per_key))
     return track_with("{" + ",".join(f'"{key}":0' for key in keys) + "}")
 
 
@@ -4520,9 +4523,9 @@ def track_with_keys(parts: Sequence[str], count: int) -> bytes:
         "arrays, 10,000 levels": (track_with("[" * 10_000 + "]" * 10_000), 400),
         "objects, 10,000 levels": (track_with('{"a":' * 10_000 + "1" + "}" * 10_000), 400),
         "arrays without an end": (track_with("[" * 500_000), 400),
-        "50,000 keys": (track_with_keys("0123456789abcde", 4), 200),
+        "50,000 keys": (track_with_keys("0123456789abcde", parts_per_key=4), 200),
         "16,384 keys, many of which are the same in snake_case": (
-            track_with_keys(("a-", "a ", "a_", "A"), 7),
+            track_with_keys(("a-", "a ", "a_", "A"), parts_per_key=7),
             200,
         ),
         "one key 80,000 times": (track_with("{" + '"a":0,' * 80_000 + '"a":0}'), 200),
@@ -5198,7 +5201,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "argument --expires: must be a date or time such as 2027-01-01 or 2027-01-01T18:00Z, not"
         " 'soon'",
     ),
-    "--add-key without a customer": (
+    "--add-key with an empty customer": (
         ["--add-key=", "--api-keys", "k.json"],
         f"argument --add-key: {CUSTOMER_RULE}",
     ),
@@ -5363,9 +5366,11 @@ NOT_JSON = object()
 
 REPLY_SECONDS = 5.0  # Segment may wait no longer than this
 REPLY_LIMIT = 1.4 * REPLY_SECONDS  # for connecting and a whole reply, even on a busy machine
-LONGEST_CONNECT = 2 * REPLY_SECONDS  # a time-out for TCP, and one for the TLS handshake
-# After this, no new request is sent. So a run takes at most 45 seconds, even if the plain call that
-# begins it takes REPLY_LIMIT, and if the last request then takes LONGEST_CONNECT.
+# Connecting is not interrupted, so it may exceed REPLY_LIMIT: the time-out applies to TCP, and then
+# again to the TLS handshake.
+LONGEST_CONNECT = 2 * REPLY_SECONDS
+# After this time, no request is sent. The last one may fail on a connection that was kept open,
+# after REPLY_LIMIT, and then be sent on a new one. So a run takes at most 45 seconds.
 RUN_SECONDS = 45 - REPLY_LIMIT - LONGEST_CONNECT
 MAX_REPLY = 65_536  # bytes
 
@@ -5639,7 +5644,10 @@ def build_request(spec: Mapping[str, Any], target: Target) -> KitRequest:
 
 
 class NetworkTransport:
-    """Sends requests over connections that are kept open, one for each thread."""
+    """Sends requests over connections that are kept open, one for each thread.
+
+    The time of the run, RUN_SECONDS, begins when the transport is made.
+    """
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -5657,6 +5665,11 @@ class NetworkTransport:
             host, parts.port, timeout=REPLY_SECONDS, context=self.target.context
         )
 
+    def require_time(self) -> None:
+        """Raise CutShortError once the time of the run is over."""
+        if time.monotonic() > self.deadline:
+            raise CutShortError("no time was left")
+
     def __call__(self, request: KitRequest) -> KitReply:
         """The reply to a request. Raises NoReplyError or NotCheckedError."""
         link = getattr(self.local, "link", None) or self.new_connection()
@@ -5672,8 +5685,7 @@ class NetworkTransport:
         or NotCheckedError.
         """
         while True:
-            if time.monotonic() > self.deadline:
-                raise CutShortError("no time was left")
+            self.require_time()
             if self.refused_in_a_row >= 5:
                 raise CutShortError("the endpoint refuses connections")
             reply = self.exchange(link, request, reopen)
@@ -5873,7 +5885,7 @@ def send_and_compare(
 ) -> tuple[str, str] | None:
     """Send a request, and return a description of the failure, if any, and the exchange.
 
-    It is a failure if no reply comes, or if its status is not one of these.
+    It is a failure if no reply comes, or if the reply has a status other than `statuses`.
     """
     try:
         reply = transport(request)
@@ -6062,6 +6074,7 @@ def check_sixteen_connections(target: Target, transport: Transport) -> None:
 
 def check_silent_connection(target: Target, transport: Transport) -> None:
     transport = require_network(transport)
+    transport.require_time()
     parts = urlsplit(target.url)
     address = (parts.hostname, parts.port or (443 if target.context else 80))
     try:
@@ -6296,12 +6309,13 @@ def judge(check: Check, target: Target, transport: Transport) -> Finding:
 FINDINGS: dict[str, Finding] = {}  # by the sentence of the check
 
 
-def judge_all(checks: Sequence[Check], target: Target, findings: dict[str, Finding]) -> None:
+def judge_all(
+    checks: Sequence[Check], transport: NetworkTransport, findings: dict[str, Finding]
+) -> None:
     """Run these checks, several at a time."""
-    transport = NetworkTransport(target)
 
     def judge_one(check: Check) -> None:
-        findings[check.sentence] = judge(check, target, transport)
+        findings[check.sentence] = judge(check, transport.target, transport)
 
     # A silent connection may hold up all other requests, so that check is run alone.
     alone = [check for check in checks if check.run is check_silent_connection]
@@ -6366,11 +6380,14 @@ HINTS = {
 }
 
 
-def require_accepted_call(target: Target) -> None:
-    """Send one plain call. If it is not accepted, end the run with a sentence that says why."""
-    request = build_request(PLAIN, target)
+def require_accepted_call(target: Target) -> NetworkTransport:
+    """Send one plain call, and return the transport. Its time has begun with this call.
+
+    If the call is not accepted, end the run with a sentence that says why.
+    """
+    transport = NetworkTransport(target)
     try:
-        reply = NetworkTransport(target)(request)
+        reply = transport(build_request(PLAIN, target))
     except NoReplyError as error:
         hint = "; set CA, or INSECURE=1" if "CERTIFICATE_VERIFY_FAILED" in str(error) else ""
         if "WRONG_VERSION_NUMBER" in str(error):
@@ -6384,6 +6401,7 @@ def require_accepted_call(target: Target) -> None:
         hint = HINTS.get(reply.status, "a plain call must be accepted before anything is checked")
         message = f". It says: {printable_text(reply.body, 200)}" if reply.body else ""
         stop(f"{target.url} answers {reply.status} to a plain call: {hint}{message}")
+    return transport
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -6481,9 +6499,7 @@ def test_conformance(check: Check, request: pytest.FixtureRequest) -> None:
             if hasattr(item, "callspec") and "check" in item.callspec.params
         ]
         if is_kit_run:
-            target = target_from(os.environ)
-            require_accepted_call(target)
-            judge_all(selected, target, FINDINGS)
+            judge_all(selected, require_accepted_call(target_from(os.environ)), FINDINGS)
         else:
             judge_our_receiver(selected)
     finding = FINDINGS[check.sentence]
@@ -6510,7 +6526,8 @@ def judge_our_receiver(checks: Sequence[Check]) -> None:
     calls = tuple(name for name in CONFORMANCE["calls"] if name != "alias")
     with receiver.serve(NoAlias(), port=0, quiet=True) as server:
         context = ssl.create_default_context(cafile=server.tls_cert)
-        judge_all(checks, Target(server.url, keys, calls, context), FINDINGS)
+        transport = NetworkTransport(Target(server.url, keys, calls, context))
+        judge_all(checks, transport, FINDINGS)
 
 
 # ---- The proof that the kit finds faults ---------------------------------------------------------
@@ -8456,7 +8473,7 @@ def test_calls_get_503_while_the_database_is_down_and_are_stored_when_it_is_back
     database: Cluster, destinations: list[Any]
 ) -> None:
     first, second = destinations
-    first.write([pg_call("m1")])  # it loses its connection, while `second` never had one
+    first.write([pg_call("m1")])  # connects; `second` has no connection yet
     database.stop()
     try:
         # Two rounds: in the first, the destination `first` still believes that it is connected.
