@@ -7684,6 +7684,13 @@ def test_a_rate_limit_that_outlasts_the_run_skips_the_check() -> None:
             NetworkTransport(target)(build_request(PLAIN, target))
 
 
+def test_no_silent_connection_is_opened_once_the_run_has_no_time_left() -> None:
+    transport = NetworkTransport(Target(f"http://127.0.0.1:{unused_port()}/", ONE_KEY))
+    transport.deadline = time.monotonic() - 1
+    with pytest.raises(CutShortError, match="no time was left"):
+        check_silent_connection(transport.target, transport)
+
+
 def test_after_five_refused_connections_no_more_are_tried() -> None:
     target = Target(f"http://127.0.0.1:{unused_port()}/", ONE_KEY)
     transport = NetworkTransport(target)
