@@ -1082,8 +1082,8 @@ class GroupCommit(Destination):
     them in batches.
 
     A subclass implements `write`, and may implement `open`, which connects to a database, and its
-    counterpart `shut`, which disconnects. The writer calls all three. `close` is something else:
-    the server calls it to end the writer.
+    counterpart `shut`, which disconnects. The writer calls all three. Do not confuse `shut` with
+    `close`, which the server calls to end the writer.
 
     If the subclass has a constructor, it must call `super().__init__()`. Connect in `open` and not
     in the constructor, so that the receiver starts even if the database is down.
@@ -1113,9 +1113,9 @@ class GroupCommit(Destination):
         whole batch: raise one with status 503 if the database cannot be reached.
 
         After any other exception, a batch of several calls is written again, one call at a time, so
-        that one bad call does not make the others fail. If a batch of one call raises an exception,
-        that call is answered with 500. Roll back the transaction before any exception leaves this
-        method.
+        that one bad call does not make the others fail. If `write` raises such an exception for a
+        batch of one call, that call is answered with 500. Roll back the transaction before any
+        exception leaves this method.
         """
         raise NotImplementedError
 
@@ -1321,9 +1321,10 @@ def merged_traits(condition: str) -> str:
         from calls as c, json_each(c.call, '$.traits') as trait
         where {condition}
             and trait.key is not null -- if `traits` is null, json_each gives a row without a key
-            -- Leave out names that contain NUL. `fullkey` writes NUL as \u0000, and a backslash as
-            -- \\. If a name has a backslash before u0000, `fullkey` has \\u0000, which contains
-            -- \u0000, too. Removing each \\ first prevents this false match.
+            -- Leave out names that contain NUL, which `fullkey` writes as \u0000. A name can also
+            -- contain these six characters themselves. `fullkey` doubles their backslash, so the
+            -- result, \\u0000, still contains \u0000. Removing each \\ first prevents this false
+            -- match.
             and instr(replace(trait.fullkey, '\\', ''), '\u0000') = 0
     )
     select json_group_object(name, json(value)) from (
@@ -1345,7 +1346,7 @@ ACCOUNT_TRAITS = merged_traits(
 
 
 def object_column(name: str) -> str:
-    """Return SQL for a column that contains a field, or {} if the field is not an object."""
+    """Return SQL for a column with this field of the call, or {} if that is not an object."""
     return f"""case json_type(call, '$.{name}')
         when 'object' then call -> '$.{name}'
         else '{{}}'
@@ -1760,7 +1761,7 @@ def parse_head(head: str, /) -> Head:
     method, target, major, minor = parts.groups()
     if len(target) > MAX_TARGET:
         raise Refusal(414, f"Request target must be at most {MAX_TARGET} bytes long")
-    if major != "1":  # any minor version would be compatible with 1.1 (RFC 9110 §2.5)
+    if major != "1":  # 1.2, if it ever exists, is compatible with 1.1 (RFC 9110 §2.5)
         raise Refusal(505, "HTTP version must be 1.1 or 1.0")
 
     headers = parse_headers(header_lines)
@@ -2581,7 +2582,8 @@ def json_or_repr(value: object) -> str:
 #                                its thread in setup()
 #   Connection.evicted           accept thread               its thread
 #
-# GroupCommit and LogBuffer have locks, and `connection_slots` is a semaphore.
+# The table omits what is safe by itself: GroupCommit and LogBuffer, which have locks, and
+# `connection_slots`, which is a semaphore.
 
 MIN_EVICTION_AGE = 1.0  # seconds that a new connection has for its head before it may be evicted
 SHUTDOWN_GRACE = 2.0  # seconds for requests in flight
