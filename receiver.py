@@ -19,22 +19,31 @@ encode `segment:`. Segment's documentation writes the names in the JSON object i
 Segment also sends other casings. In this file, the sender is whatever program sends these requests;
 it need not be Segment.
 
-Segment acts on the status code of the reply, which it expects within about five seconds:
+Segment acts on the status code of the reply, for which it waits five to ten seconds:
 
     200 and 202                                delivered; Segment keeps no copy
     408, 429, 5xx except 501 and 505           retried for about four hours
-    no reply                                   retried for about four hours
+    no reply in time                           retried for about four hours
     all other 4xx, 501 and 505                 dropped for good
 
-202 means that the call is stored, but not yet processed. Do not redirect: Segment does not follow
-redirects. Send no body with a 200 or 202. The body of an error reply may be a JSON object. If the
-reply's Content-Type is application/json, Segment shows the object's `message` to the customer:
+202 means that the call is stored, but not yet processed. Never redirect, because Segment does not
+follow redirects. Send no body with a 200 or 202. The body of an error reply may be a JSON object
+with the Content-Type application/json. Segment shows the object's `message` to the customer, and
+ignores a body of any other type:
 
     {"message": "Missing user_id or anonymous_id"}
 
-These rules have three consequences. Store a call before you acknowledge it: from then on, yours is
-the only copy. Expect the same call twice, because a reply can get lost. Expect calls out of order,
-because retried calls arrive late.
+A receiver therefore has these duties:
+
+- Store a call before you acknowledge it: from then on, yours is the only copy.
+- Expect the same call twice, because a reply can get lost. The second call has the same message_id.
+  Answer it with 200 again, but do not process it again.
+- Expect calls out of order, because retried calls arrive late. The newer of two calls is the one
+  with the later timestamp.
+- For a problem that will pass, such as a database that is down, answer 503. A 4xx would lose the
+  call.
+- When a user asks to be forgotten, Segment sends a call of the type `delete`. Erase what you have
+  stored about that user.
 
 `make run` starts the receiver, which stores the calls in an SQLite database. To handle them in your
 own code instead, define a destination, a class with a method for each type of call:
@@ -742,7 +751,7 @@ class Call:
     traits: dict[str, Any]  # identify: facts about the user; group: facts about the group
     properties: dict[str, Any]  # track, page and screen: details
     context: dict[str, Any]  # IP address, user agent, library, campaign, ...
-    integrations: Any = None  # which Segment destinations get the call; not used here
+    integrations: Any = None  # which Segment destinations get the call; neither used nor checked
     message_id: str = ""  # unique per call; the same in a retry only if the sender gave one
     timestamp: str = ""  # the best estimate of when it happened; order calls by this
     sent_at: str | None = None  # when the website, app or server sent it to Segment

@@ -119,7 +119,7 @@ class Record(NamedTuple):
     body: bytes
     status: int
     message: str  # how receiver.py's own message begins
-    words: list[str]  # words that any implementation's message should contain; `names` in the file
+    words: list[str]  # what the message of any implementation should contain; `names` in the file
     call: dict[str, Any]
 
 
@@ -303,7 +303,7 @@ TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 
 
 class RunningReceiver(contextlib.AbstractContextManager["RunningReceiver"]):
-    """A receiver in a separate process, with a free port and its own database."""
+    """A receiver in a separate process, on a free port. Its database is calls.db in the folder."""
 
     def __init__(
         self,
@@ -712,7 +712,7 @@ def fault_pairs() -> dict[str, tuple[str, str]]:
 
 
 @cases("first, second", fault_pairs())
-def test_of_two_faults_the_one_on_the_earlier_rung_decides_the_reply(
+def test_of_two_faults_the_one_that_is_checked_first_decides_the_reply(
     first: str, second: str
 ) -> None:
     reply = ask(**LADDER[first][0], **LADDER[second][0])
@@ -1012,9 +1012,10 @@ def test_json_may_be_nested_500_levels_deep(text: str, value: object) -> None:
             '{"a_b": 2, "aB": 1, "A-B": 3}',
             {"a_b": 2, "aB": 1, "A-B": 3},
         ),
-        # 𝐂 is a capital letter without a lower-case form. So "A𝐂" would become "a𝐂", and "a𝐂" would
-        # become "a_𝐂". Both new names are taken by other keys, so nothing is renamed.
-        "keys whose new names are taken, one of them by a key that would be renamed itself": (
+        # 𝐂 is a capital letter without a lower-case form. So only the A of "A𝐂" can be lower-cased,
+        # which gives "a𝐂". The new name of "a𝐂" is "a_𝐂", because an underscore is inserted between
+        # a small and a capital letter. Both new names are taken by other keys.
+        "a key whose new name is taken by a key whose own new name is taken": (
             '{"a_𝐂": 1, "A𝐂": 2, "a𝐂": 3}',
             {"a_𝐂": 1, "A𝐂": 2, "a𝐂": 3},
         ),
@@ -1224,7 +1225,7 @@ def test_a_key_in_snake_case_is_left_alone(key: str) -> None:
     assert receiver.snake_case(key) == key
 
 
-def test_the_caches_for_keys_in_snake_case_have_a_limit() -> None:
+def test_the_caches_of_the_conversion_to_snake_case_have_a_limit() -> None:
     for number in range(2 * receiver.MAX_CACHED_TEXTS):
         receiver.snake_keys({f"in_snake_case_{number}": 0, f"toConvert{number}": 0})
     # `receiver.snake_case` is the bound `__getitem__` of its cache, so `__self__` is that cache.
@@ -1287,7 +1288,7 @@ def test_a_type_with_a_method_is_supported() -> None:
     assert ask(destination=OnlyTrack()).status == 200
 
 
-def test_the_store_supports_the_original_four_types_and_delete() -> None:
+def test_the_store_supports_identify_track_page_group_and_delete() -> None:
     supported = {name for name in receiver.CALL_TYPES if hasattr(receiver.Store, name)}
     assert supported == {"identify", "track", "page", "group", "delete"}
 
@@ -2827,7 +2828,7 @@ def test_two_receivers_on_one_new_database_neither_lose_nor_duplicate_a_call(
 # Part 3. The server
 #
 # The server over real TLS, mostly in a separate process: the head of a request, one connection, the
-# keys file, the log, the server as a whole, TLS, and hostile clients.
+# keys file, the log, the server with all its connections, TLS, and hostile clients.
 # ==================================================================================================
 
 # ---- Rung 1: the head of a request ---------------------------------------------------------------
@@ -3030,7 +3031,7 @@ def test_no_second_request_can_be_smuggled_behind_the_first(
     assert "smuggled" not in running.message_ids()
 
 
-# Requests that are answered 200, and after which the connection stays open.
+# Requests that are answered with 200, and after which the connection stays open.
 KEPT_OPEN = {
     "every header that Segment sends": request(TRACK, *SEGMENT_HEADERS, JSON_TYPE),
     "keep-alive": request(TRACK, "Connection: Keep-Alive"),
@@ -3222,14 +3223,14 @@ def test_the_rest_of_a_refused_body_must_arrive_within_the_timeout(
 
 
 @on_linux
-def test_a_flood_of_keys_does_not_fill_the_memory(running: RunningReceiver) -> None:
+def test_a_flood_of_property_keys_does_not_fill_the_memory(running: RunningReceiver) -> None:
     with TlsClient(running) as client:
         before = running.memory_mb()
-        # Short keys, and then keys that are too long for the caches. Of each, some are already in
-        # snake_case, and some have to be converted.
+        # Short property keys, and then some that are too long for the caches. Of each, some are
+        # already in snake_case, and some have to be converted.
         for prefix in ("k", "kA", "long" * 40, "Long" * 40):
-            for flood in range(5):
-                keys = {f"{prefix}{flood}x{number}": 0 for number in range(2500)}
+            for repetition in range(5):
+                keys = {f"{prefix}{repetition}x{number}": 0 for number in range(2500)}
                 assert client.status(request({**TRACK, "properties": keys})) == 200
     # If the caches had no limits, they would grow by some 20 MB.
     assert running.memory_mb() - before < 12
@@ -4512,7 +4513,7 @@ def track_with(properties: str) -> bytes:
 
 
 def track_with_keys(parts: Sequence[str], parts_per_key: int) -> bytes:
-    """A track call whose properties have all keys that consist of this many parts."""
+    """A track call with a property for every key that can be formed from this many parts."""
     keys = ("".join(key) for key in itertools.product(parts, repeat=parts_per_key))
     return track_with("{" + ",".join(f'"{key}":0' for key in keys) + "}")
 
@@ -5065,8 +5066,8 @@ def test_with_reuse_port_two_receivers_share_one_port(tmp_path: Path) -> None:
         port = urlsplit(first.url).port
         with RunningReceiver(tmp_path, "--reuse-port", "--port", port) as second:
             assert second.url == first.url
-            # The kernel spreads the connections; that all of them reach the same receiver is next
-            # to impossible.
+            # The kernel spreads the connections, so it is next to impossible that all of them reach
+            # the same receiver.
             for _ in range(40):
                 assert post(first).status_code == 200
             first.wait_for_log(" 200 track ")
