@@ -138,7 +138,9 @@ class Request(NamedTuple):
     target: str  # path and query, as sent
     headers: Mapping[str, str]  # names in lower case, values stripped; without Content-Length
     length: int | None  # the Content-Length in bytes; None if the header is missing
-    read: Callable[[], bytes]  # reads the body; call it once. Raises Refusal 400, 408 or 503.
+    # Reads the body; call it once. Raises Refusal 400 if the client disconnects before it has sent
+    # the whole body, 408 if it is too slow, and 503 if the server needs the connection or stops.
+    read: Callable[[], bytes]
 
 
 class Reply(NamedTuple):
@@ -327,7 +329,7 @@ class Key(NamedTuple):
 
     customer: str
     calls: frozenset[str] | None = None  # the types of call that it permits; None permits all
-    expires: str | None = None  # in the form that a Clock returns; None if it never expires
+    expires: str | None = None  # in the form that a Clock returns (see `parse_key`); None: never
 
 
 def find_key(authorization: str, keys: Mapping[str, Key]) -> Key:
@@ -595,7 +597,8 @@ def snake_case(key: str, /) -> str:
 
     A capital letter starts a new word if it follows a lower-case letter or a digit, or if it
     follows a capital and precedes a lower-case letter, as the P in `HTMLParser` does. A hyphen or a
-    space becomes an underscore. Letters and digits are those of Unicode.
+    space becomes an underscore. Letters and digits are those of Unicode, as `str.isupper`,
+    `str.islower` and `str.isdigit` recognize them.
     """
     result = ""
     # Each character with its neighbors; zip stops at the end of the key.
