@@ -24,12 +24,12 @@ Segment acts on the status code of the reply, for which it waits five to ten sec
     200 and 202                                delivered; Segment keeps no copy
     408, 429, 5xx except 501 and 505           retried for about four hours
     no reply in time                           retried for about four hours
-    all other 4xx, 501 and 505                 dropped for good
+    501, 505 and all other 4xx                 dropped for good
 
 202 means that the call is stored, but not yet processed. Never redirect, because Segment does not
 follow redirects. Send no body with a 200 or 202. The body of an error reply may be a JSON object
-with the Content-Type application/json. Segment shows the object's `message` to the customer, and
-ignores a body of any other type:
+with the Content-Type application/json; Segment ignores a body of any other type. It shows the
+object's `message` to the customer:
 
     {"message": "Missing user_id or anonymous_id"}
 
@@ -728,7 +728,7 @@ def check_permission(key: Key, call_type: str) -> None:
 # A 400 loses the call for good. So an invalid field leads to a refusal only if ignoring it would
 # leave the meaning of the call unclear or wrong. Four fields matter less: if context, sent_at,
 # received_at or original_timestamp is invalid, it is ignored, and stays in `raw`. They are listed
-# in IGNORED_IF_INVALID, below.
+# in IGNORED_IF_INVALID, below. Two fields, integrations and version, may have any value.
 
 
 class Call:
@@ -754,7 +754,7 @@ class Call:
     traits: dict[str, Any]  # identify: facts about the user; group: facts about the group
     properties: dict[str, Any]  # track, page and screen: details
     context: dict[str, Any]  # IP address, user agent, library, campaign, ...
-    integrations: Any = None  # which Segment destinations get the call; neither used nor checked
+    integrations: Any = None  # which Segment destinations get the call; not used here
     message_id: str = ""  # unique per call; the same in a retry only if the sender gave one
     timestamp: str = ""  # the best estimate of when it happened; order calls by this
     sent_at: str | None = None  # when the website, app or server sent it to Segment
@@ -1789,8 +1789,14 @@ def parse_head(head: str, /) -> Head:
     connection = headers.get("connection", "").lower()
     options = [option.strip(" \t") for option in connection.split(",")]
     wants_keep_alive = "keep-alive" in options or not is_http_1_0
-    # In these cases, the bytes that follow on the connection might not be an HTTP request.
-    is_last_request = method == "CONNECT" or "upgrade" in headers or has_transfer_coding
+    # In these cases, the bytes that follow on the connection might not be an HTTP request. After a
+    # POST without a Content-Length, they may be a body whose length the client did not give.
+    is_last_request = (
+        method == "CONNECT"
+        or "upgrade" in headers
+        or has_transfer_coding
+        or (method == "POST" and length is None)
+    )
     return Head(
         method=method,
         target=origin_form(target),
@@ -1999,7 +2005,7 @@ class Connection(BaseRequestHandler):
             return  # evicted before its first head was complete: no reply and no log line
 
         self.server.log_request(reply, time.monotonic() - started)
-        self.close_connection = self.close_connection or self.must_close(reply)
+        self.close_connection = self.close_connection or self.must_close()
         self.set_deadline(self.server.options.timeout)
         self.send(reply)
         if not self.close_connection:
@@ -2030,16 +2036,13 @@ class Connection(BaseRequestHandler):
             return error_reply(refusal)
         return answer(request, self.server.endpoint, utc_now)
 
-    def must_close(self, reply: Reply) -> bool:
-        """Return whether the connection must close after this reply, whatever the head says."""
-        # After a 411, the next bytes may be a body whose length the client did not give. They must
-        # not be taken for a request.
-        end_is_unknown = reply.status == 411
+    def must_close(self) -> bool:
+        """Return whether the connection must close after the reply, whatever the head says."""
         # A client that waits for "100 Continue", and gets this reply instead, may send the body or
         # the next request.
         next_bytes_are_unknown = self.expects_continue and self.body_left > 0
         too_long_to_discard = self.body_left > self.server.options.max_body
-        if end_is_unknown or next_bytes_are_unknown or too_long_to_discard:
+        if next_bytes_are_unknown or too_long_to_discard:
             return True
         return self.hung_up or self.server.stopping
 
