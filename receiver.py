@@ -24,7 +24,7 @@ Segment acts on the status code of the reply, for which it waits five to ten sec
     200 and 202                                delivered; Segment keeps no copy
     408, 429, 5xx except 501 and 505           retried for about four hours
     no reply in time                           retried for about four hours
-    501, 505 and all other 4xx                 dropped for good
+    4xx except 408 and 429, 501, 505           dropped for good
 
 202 means that the call is stored, but not yet processed. Never redirect, because Segment does not
 follow redirects. Send no body with a 200 or 202. The body of an error reply may be a JSON object

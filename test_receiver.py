@@ -3146,7 +3146,7 @@ def test_a_200_has_only_the_headers_date_connection_and_content_length(
     assert list(reply.headers) == ["date", "connection", "content-length"]
 
 
-def test_an_error_reply_is_typed_as_json(running: RunningReceiver) -> None:
+def test_the_content_type_of_an_error_reply_is_json(running: RunningReceiver) -> None:
     with TlsClient(running) as client:
         reply = client.send(request({})).read_reply()
     assert reply.headers["content-type"] == "application/json"
@@ -3177,8 +3177,9 @@ def test_over_the_network_a_refusal_has_the_status_and_message_of_the_fixtures(
     assert reply.message.startswith(record.message)
 
 
-# The labels of the records after which the connection closes: the head is malformed, so its length
-# is not trusted; there is no Content-Length; or the body is too long to be discarded.
+# The labels of the records after which the connection closes, for one of three reasons: the head is
+# malformed, so its Content-Length cannot be trusted; it has no Content-Length; or the body is too
+# long to be discarded.
 REFUSALS_THAT_CLOSE = {
     "a Transfer-Encoding beside a Content-Length",
     "a Transfer-Encoding without a Content-Length",
@@ -4249,8 +4250,9 @@ receiver.main(Threaded())
 
 def test_repeated_signals_do_not_interrupt_the_shutdown(tmp_path: Path) -> None:
     # `main` blocks the signals in its own thread and in those that start later, and fetches them
-    # with sigwait. The thread that the constructor starts is older and does not block them, so it
-    # receives them, and Python runs their handlers. This must not end or delay the shutdown.
+    # with sigwait. The thread that the constructor starts is older and does not block them. If it
+    # receives a signal, Python runs `redirect_signal` in the main thread, in the middle of the
+    # shutdown. That must neither end the shutdown nor delay it.
     with run_program(tmp_path, STARTS_A_THREAD_IN_ITS_CONSTRUCTOR) as process:
         process.send_signal(signal.SIGTERM)
         process.wait_for_log("Closing")
@@ -4277,6 +4279,7 @@ def test_main_also_serves_outside_the_main_thread_where_no_signal_handler_can_be
         assert post(process).status_code == 200
 
 
+# The only thread that is started during the shutdown is the timer that would end it by force.
 STARTS_NO_TIMER = """
 import receiver, threading
 
@@ -4559,9 +4562,10 @@ def track_with_keys(parts: Sequence[str], parts_per_key: int) -> bytes:
         "a long fraction": (track_with('{"a": 0.' + "1" * 500_000 + "}"), 200),
         "a very long integer": (track_with('{"a": ' + "1" * 500_000 + "}"), 400),
         "an unterminated string of quotes": (track_with('"' + r"\"" * 250_000), 400),
-        # To receiver.py, an extended parameter of RFC 2231 is an unknown one. A parser that
-        # implements that RFC would convert these digits to an integer.
-        "an extended parameter with 5,000 digits": (
+        # RFC 2231 lets a parameter be split into numbered sections, such as charset*0. A parser that
+        # implements this would convert the digits to an integer. To receiver.py, the name is merely
+        # unknown.
+        "a parameter whose section number has 5,000 digits": (
             request(TRACK, f"{JSON_TYPE}; charset*{'0' * 5000}=utf-8"),
             200,
         ),
