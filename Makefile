@@ -7,7 +7,7 @@ KEY = certs/localhost-key.pem
 PYTEST = $(VENV)/bin/python -m pytest -q -rs test_receiver.py
 
 help:  ## show this
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## */:/' | awk -F: '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## */:/' | awk -F: '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo "Variables: PYTHON=$(PYTHON) PORT=$(PORT)"
 
 run: certs  ## start the receiver on PORT; first make a certificate if there is none

@@ -424,7 +424,10 @@ def check_body_headers(request: Request, max_body: int) -> None:
     A missing Content-Type counts as application/json.
     """
     if request.length is None:
-        raise Refusal(411, "Missing Content-Length header")
+        message = "Missing Content-Length header"
+        if "transfer-encoding" in request.headers:
+            message += "; Transfer-Encoding is not supported"
+        raise Refusal(411, message)
     if request.length > max_body:
         raise Refusal(413, f"Body must be at most {max_body} bytes long")
     media_type = request.headers.get("content-type", "application/json")
@@ -900,7 +903,7 @@ def parse_time(value: Any) -> str:
     if the value is not a string that matches ISO_8601, if the date does not exist, or if the time
     in UTC is not in the years 1 to 9999.
     """
-    message = "must be an ISO 8601 time"
+    message = "must be an ISO 8601 time such as 2026-01-15T09:41:07Z"
     if not isinstance(value, str):
         raise ValueError(message)
     is_in_final_form = UTC_TIME.fullmatch(value)  # the usual case; matching ISO_8601 is slower
@@ -2894,7 +2897,7 @@ def make_tls_context(options: argparse.Namespace) -> ssl.SSLContext:
     """
     for path in (options.tls_cert, options.tls_key):
         if not os.path.exists(path):
-            hint = "`make certs` creates a self-signed certificate and its key"
+            hint = "`make certs` creates certs/localhost.pem and its key"
             raise ConfigurationError(f"{path}: No such file or directory; {hint}")
         check_regular_file(path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -2907,13 +2910,23 @@ def make_tls_context(options: argparse.Namespace) -> ssl.SSLContext:
     # Content-Length reveals it.
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     try:
+        for path in (options.tls_cert, options.tls_key):
+            with open(path, "rb"):  # unlike load_cert_chain, this names the file in its errors
+                pass
         context.load_cert_chain(options.tls_cert, options.tls_key, password="")  # never ask for one
     except OSError as error:
-        reason = error.strerror
-        if isinstance(error, ssl.SSLError) or not reason:
-            reason = "must be a PEM certificate and its unencrypted private key"
-        raise ConfigurationError(f"{options.tls_cert}, {options.tls_key}: {reason}") from None
+        raise ConfigurationError(describe_certificate_error(error, options)) from None
     return context
+
+
+def describe_certificate_error(error: OSError, options: argparse.Namespace) -> str:
+    """Return what is wrong with the certificate or its private key, and in which file."""
+    if error.filename:
+        return f"{error.filename}: {error.strerror}"
+    both = f"{options.tls_cert}, {options.tls_key}"
+    if isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH":
+        return f"{both}: the private key does not belong to the certificate"
+    return f"{both}: must be a PEM certificate and its unencrypted private key"
 
 
 # ==================================================================================================
@@ -3204,8 +3217,13 @@ def parse_endpoint_path(text: str) -> str:
     return text
 
 
-def parse_calls_option(text: str) -> list[str]:
-    """Split types of call at commas, and check them. Raises ArgumentTypeError."""
+def parse_calls_option(text: str) -> list[str] | None:
+    """Split types of call at commas, and check them; `all` becomes None.
+
+    Raises ArgumentTypeError.
+    """
+    if text == "all":
+        return None
     names = [name.strip() for name in text.split(",")]
     try:
         parse_call_types(names)
@@ -3214,8 +3232,10 @@ def parse_calls_option(text: str) -> list[str]:
     return names
 
 
-def parse_expires_option(text: str) -> str:
-    """Return a time unchanged, after checking it. Raises ArgumentTypeError."""
+def parse_expires_option(text: str) -> str | None:
+    """Check a time, and return it unchanged; `never` becomes None. Raises ArgumentTypeError."""
+    if text == "never":
+        return None
     try:
         parse_time(text)
     except ValueError:
@@ -3363,9 +3383,13 @@ def startup_hint(server: Server) -> str:
     """Return a hint about what to do next, for somebody who started the server by hand."""
     options = server.options
     lines = [""]
+    if options.maintenance:
+        lines.append("Maintenance is on: requests are answered with 503. To end it:")
+        lines.append(f"    kill -USR1 {os.getpid()}")
     sample_path = find_sample_call(server.endpoint.destination)
     if sample_path:
-        lines += ["Send a call from another terminal:", f"    {curl_command(server, sample_path)}"]
+        lines.append("Send a call from another terminal, in the same folder:")
+        lines.append(f"    {curl_command(server, sample_path)}")
     if hasattr(options, "database"):  # the option exists only if no destination was given
         query = "select received_at, type, user_id from calls order by rowid desc limit 9"
         lines.append(f"Calls are stored in {options.database}. Show the latest:")
@@ -3377,7 +3401,13 @@ def startup_hint(server: Server) -> str:
         lines.append(f"Warning: {options.api_keys} contains demo keys, which are public.")
         lines.append("Make a key of your own, in a new file:")
         lines.append(f"    python3 {shlex.quote(sys.argv[0])} --add-key CUSTOMER --api-keys FILE")
-        lines.append("Then restart with --api-keys and that file.")
+        lines.append("Then stop the receiver with Ctrl-C, and start it with that file:")
+        lines.append(f"    {shlex.join(['python3', *sys.argv, '--api-keys', 'FILE'])}")
+    elif not server.keyring.keys:
+        lines.append(f"Warning: {options.api_keys} contains no API keys, so every call is lost.")
+        lines.append("Add a key:")
+        file = shlex.quote(options.api_keys)
+        lines.append(f"    python3 {shlex.quote(sys.argv[0])} --add-key CUSTOMER --api-keys {file}")
     return "\n".join(lines) + "\n\n"
 
 

@@ -3242,8 +3242,9 @@ def test_the_rest_of_a_refused_body_must_arrive_within_the_timeout(
 def test_a_flood_of_property_keys_does_not_fill_the_memory(running: RunningReceiver) -> None:
     with TlsClient(running) as client:
         before = running.memory_mb()
-        # Short property keys, and then some that are too long for the caches. Of each, some are
-        # already in snake_case, and some have to be converted.
+        # receiver.py caches short keys: in one cache those that are in snake_case, in another the
+        # converted form of the rest. The last two prefixes make keys that are too long for these
+        # caches.
         for prefix in ("k", "kA", "long" * 40, "Long" * 40):
             for repetition in range(5):
                 keys = {f"{prefix}{repetition}x{number}": 0 for number in range(2500)}
@@ -3435,7 +3436,7 @@ def test_the_expiry_of_a_key_is_converted_to_utc() -> None:
 CALLS_RULE = f"calls must contain only types of call ({', '.join(receiver.CALL_TYPES)}), not "
 CUSTOMER_RULE = "customer must be a non-empty string of printable characters"
 DIGEST_RULE = "sha256 must be 64 hexadecimal digits in lower case"
-EXPIRES_RULE = "expires must be an ISO 8601 time"
+EXPIRES_RULE = "expires must be an ISO 8601 time such as 2026-01-15T09:41:07Z"
 
 
 @cases(
@@ -4252,7 +4253,7 @@ def test_repeated_signals_do_not_interrupt_the_shutdown(tmp_path: Path) -> None:
     # `main` blocks the signals in its own thread and in those that start later, and fetches them
     # with sigwait. The thread that the constructor starts is older and does not block them. If it
     # receives a signal, Python runs `redirect_signal` in the main thread, in the middle of the
-    # shutdown. That must neither end the shutdown nor delay it.
+    # shutdown. That must neither abort the shutdown nor delay it.
     with run_program(tmp_path, STARTS_A_THREAD_IN_ITS_CONSTRUCTOR) as process:
         process.send_signal(signal.SIGTERM)
         process.wait_for_log("Closing")
@@ -4279,7 +4280,8 @@ def test_main_also_serves_outside_the_main_thread_where_no_signal_handler_can_be
         assert post(process).status_code == 200
 
 
-# The only thread that is started during the shutdown is the timer that would end it by force.
+# The only thread that is started during the shutdown is the timer that ends the process by force if
+# the shutdown takes too long.
 STARTS_NO_TIMER = """
 import receiver, threading
 
@@ -4338,6 +4340,32 @@ def make_certificate(folder: Path, name: str, algorithm: str = "ec") -> tuple[Pa
     words += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
     command(*words, "-keyout", key, "-out", cert, check=True)
     return cert, key
+
+
+def test_a_private_key_of_another_certificate_is_refused(tmp_path: Path) -> None:
+    cert, _ = make_certificate(tmp_path, "one")
+    _, other_key = make_certificate(tmp_path, "other")
+    done = command(*RECEIVER, "--tls-cert", cert, "--tls-key", other_key)
+    message = f"{cert}, {other_key}: the private key does not belong to the certificate"
+    assert (done.returncode, done.stderr) == (2, f"receiver.py: {message}\n")
+
+
+@pytest.mark.parametrize("option", ["tls_cert", "tls_key"])
+def test_a_certificate_or_private_key_that_cannot_be_read_is_named(
+    option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"tls_cert": str(CERT), "tls_key": str(CERT_KEY)}
+    path = files[option]
+
+    def open_unless_forbidden(file: Any, *arguments: Any, **options: Any) -> Any:
+        if file == path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), file)
+        return open(file, *arguments, **options)
+
+    # Root may read any file, so file permissions cannot show this.
+    monkeypatch.setattr(receiver, "open", open_unless_forbidden, raising=False)
+    with pytest.raises(receiver.ConfigurationError, match=f"^{re.escape(path)}: Permission"):
+        receiver.serve(Recorder(), port=0, **files)
 
 
 def test_sighup_reads_the_certificate_again_without_dropping_a_connection(tmp_path: Path) -> None:
@@ -4562,9 +4590,9 @@ def track_with_keys(parts: Sequence[str], parts_per_key: int) -> bytes:
         "a long fraction": (track_with('{"a": 0.' + "1" * 500_000 + "}"), 200),
         "a very long integer": (track_with('{"a": ' + "1" * 500_000 + "}"), 400),
         "an unterminated string of quotes": (track_with('"' + r"\"" * 250_000), 400),
-        # RFC 2231 lets a parameter be split into numbered sections, such as charset*0. A parser that
-        # implements this would convert the digits to an integer. To receiver.py, the name is merely
-        # unknown.
+        # RFC 2231 lets a parameter be split into numbered sections, such as charset*0. A parser
+        # that implements this would convert the digits to an integer. To receiver.py, the name is
+        # merely unknown.
         "a parameter whose section number has 5,000 digits": (
             request(TRACK, f"{JSON_TYPE}; charset*{'0' * 5000}=utf-8"),
             200,
@@ -4999,9 +5027,32 @@ def test_the_commands_in_the_startup_hint_work_when_they_are_pasted_into_a_shell
     # The query shows the newest call first, which is the one that curl has just sent.
     assert shown.stdout.split("\n")[0].endswith(f"|track|{SAMPLES['track']['user_id']}")
     keys = tmp_path / "keys.json"
-    add_key_command = running.wait_for_log(r"^ +python3 (.* --api-keys) FILE$")[1]
-    command("sh", "-c", f"{sys.executable} {add_key_command} {keys}", check=True)
+    add_key_command = running.wait_for_log(r"^ +python3 (.* --add-key .*) FILE$")[1]
+    added = command("sh", "-c", f"{sys.executable} {add_key_command} {keys}", check=True)
     assert [entry["customer"] for entry in json.loads(keys.read_text())] == ["CUSTOMER"]
+    restart_command = running.wait_for_log(r"^ +python3 (.* --database .*) FILE$")[1]
+    program = [sys.executable, *shlex.split(restart_command), str(keys)]
+    with RunningReceiver(tmp_path, program=program) as restarted:
+        assert post(restarted, api_key=added.stdout.strip()).status_code == 200
+
+
+def test_the_suggested_command_ends_maintenance(tmp_path: Path) -> None:
+    with RunningReceiver(tmp_path, "--maintenance") as process:
+        command("sh", "-c", process.wait_for_log(r"^ +(kill .*)$")[1], check=True)
+        process.wait_for_log("Maintenance is off")
+
+
+def test_without_any_api_key_there_is_a_warning_and_the_suggested_command_adds_one(
+    tmp_path: Path,
+) -> None:
+    keys = tmp_path / "new keys.json"
+    keys.write_text("[]")
+    with RunningReceiver(tmp_path, "--api-keys", keys) as process:
+        process.wait_for_log("^Warning: .*new keys.json contains no API keys")
+        add_key_command = process.wait_for_log(r"^ +python3 (.* --add-key .*)$")[1]
+        added = command("sh", "-c", f"{sys.executable} {add_key_command}", check=True)
+        process.wait_for_log(r"Reloaded .*keys: 1\)")
+        assert post(process, api_key=added.stdout.strip()).status_code == 200
 
 
 def test_the_suggested_curl_command_sends_a_call_that_the_destination_supports(
@@ -5115,8 +5166,7 @@ DEMO_KEYS_REFUSED = (
 NOT_A_PAIR = "must be a PEM certificate and its unencrypted private key"
 PATH_RULE = "must start with a slash and contain only visible ASCII characters except ? and #"
 NO_CERT = (
-    "nowhere.pem: No such file or directory; `make certs` creates a self-signed certificate and"
-    " its key"
+    "nowhere.pem: No such file or directory; `make certs` creates certs/localhost.pem and its key"
 )
 CALLS_OPTION_RULE = (
     "argument --calls: must contain only types of call"
@@ -5296,6 +5346,13 @@ def test_add_key_stores_a_non_ascii_customer_with_the_permitted_calls_and_the_ex
     api_key = add_key("Küche", "--api-keys", keys, *options).stdout.strip()
     limits = {"calls": ["identify", "group"], "expires": "2999-01-01"}
     expected = {"customer": "Küche", "sha256": digest(api_key), **limits}
+    assert json.loads(keys.read_text()) == [expected]
+
+
+def test_add_key_with_all_types_and_no_expiry_gives_a_key_without_limits(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    api_key = add_key("Acme", "--api-keys", keys, "--calls", "all", "--expires", "never")
+    expected = {"customer": "Acme", "sha256": digest(api_key.stdout.strip())}
     assert json.loads(keys.read_text()) == [expected]
 
 
@@ -5972,7 +6029,7 @@ def expect_replies(
                 exchange = show_exchange(request, reply, target)
                 raise BrokenError(f"the reply to {request.description} {complaint}\n{exchange}")
         if not checked:
-            raise NotCheckedError(f"no reply had the status {either(statuses)}")
+            raise NotCheckedError(f"no request of this check got a {either(statuses)}")
 
     return run
 
@@ -6386,7 +6443,10 @@ def target_from(variables: Mapping[str, str]) -> Target:
         stop(f"CA: no such file: {ca!r}")
     if url.startswith("http://"):
         return Target(url, keys, calls)
-    context = ssl.create_default_context(cafile=ca or None)
+    try:
+        context = ssl.create_default_context(cafile=ca or None)
+    except ssl.SSLError:
+        stop(f"CA: {ca!r} contains no certificate in PEM format")
     if variables.get("INSECURE") == "1":
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -7475,6 +7535,10 @@ STOPS: dict[str, tuple[dict[str, str], str]] = {
     ),
     "no API key": ({"API_KEY": ""}, "API_KEY is missing"),
     "a missing file": ({"CA": "nowhere.pem"}, "CA: no such file: 'nowhere.pem'"),
+    "a file that contains no certificate": (
+        {"CA": str(HERE / "Makefile")},
+        "Makefile' contains no certificate in PEM format",
+    ),
     "an unknown type": ({"CALLS": "track,juggle"}, "CALLS may contain only identify, track, page,"),
     "an unknown API key": ({"API_KEY": "other"}, "answers 401 to a plain call: check API_KEY"),
     "a certificate that is not trusted": ({"CA": ""}, "; set CA, or INSECURE=1"),
