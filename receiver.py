@@ -2501,14 +2501,15 @@ class LogBuffer(logging.Handler):
 def log_entry(reply: Reply, seconds: float, verbose: bool) -> str:
     """Return the log entry for a request, without the timestamp, which the caller puts in front.
 
-    The first line has the status, the type of call, the customer, the user, the event or name, the
-    outcome (unless it is `stored`), how long the request took, and the message of an error reply:
+    The first line has this form, in which "-" stands for a missing value:
 
+        STATUS TYPE CUSTOMER USER EVENT-OR-NAME [OUTCOME] DURATION [MESSAGE]
         200 track demo u1 'Signed Up' duplicate 0.6 ms
         400 track demo u1 - 0.2 ms Missing event
 
-    After an internal error, its traceback follows in indented lines. If `verbose` is true, so does
-    the content of the call. Everything from outside is escaped, so that it cannot forge lines.
+    The outcome `stored` is left out, and only an error reply has a message. After an internal
+    error, its traceback follows in indented lines. If `verbose` is true, so does the content of the
+    call. Everything from outside is escaped, so that it cannot forge lines.
     """
     raw = reply.raw  # empty if the body was not parsed; its values may be of any type
     user = raw.get("user_id")
@@ -2526,7 +2527,7 @@ def log_entry(reply: Reply, seconds: float, verbose: bool) -> str:
         words.append(log_word(reply.outcome))
     words.append(f"{seconds * 1000:.1f} ms")
     if message := reply.body.get("message"):
-        words.append(printable(message[:1000]))
+        words.append(printable(message[:1000]))  # a destination may give a message of any length
 
     lines = [" ".join(words)]
     if reply.error:
@@ -2556,9 +2557,9 @@ def printable(text: str) -> str:
 
 
 def json_or_repr(value: object) -> str:
-    """Return a value as JSON, or its repr if JSON cannot express it.
+    """Return a value as JSON in ASCII, or its repr if JSON cannot express it.
 
-    A destination may have put anything into a call.
+    A destination may have put anything into a call. Both forms escape control characters.
     """
     try:
         return json.dumps(value, default=short_repr)
@@ -2895,38 +2896,42 @@ def make_tls_context(options: argparse.Namespace) -> ssl.SSLContext:
 
     Raises ConfigurationError if the certificate or its private key cannot be used.
     """
-    for path in (options.tls_cert, options.tls_key):
-        if not os.path.exists(path):
-            hint = "`make certs` creates certs/localhost.pem and its key"
-            raise ConfigurationError(f"{path}: No such file or directory; {hint}")
-        check_regular_file(path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # This is for TLS 1.2. All ciphers of TLS 1.3 have forward secrecy.
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
     context.set_alpn_protocols(["http/1.1"])
-    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.options |= ssl.OP_NO_RENEGOTIATION  # a client could keep the processor busy with it
     # Let clients disconnect without close_notify. That cannot hide a truncated body, because
-    # Content-Length reveals it.
+    # Content-Length reveals it. OpenSSL 1.1 always permits it, and does not have this option.
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-    try:
-        for path in (options.tls_cert, options.tls_key):
-            with open(path, "rb"):  # unlike load_cert_chain, this names the file in its errors
-                pass
-        context.load_cert_chain(options.tls_cert, options.tls_key, password="")  # never ask for one
-    except OSError as error:
-        raise ConfigurationError(describe_certificate_error(error, options)) from None
+    load_certificate(context, options.tls_cert, options.tls_key)
     return context
 
 
-def describe_certificate_error(error: OSError, options: argparse.Namespace) -> str:
-    """Return what is wrong with the certificate or its private key, and in which file."""
-    if error.filename:
-        return f"{error.filename}: {error.strerror}"
-    both = f"{options.tls_cert}, {options.tls_key}"
-    if isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH":
-        return f"{both}: the private key does not belong to the certificate"
-    return f"{both}: must be a PEM certificate and its unencrypted private key"
+def load_certificate(context: ssl.SSLContext, cert_path: str, key_path: str) -> None:
+    """Load a certificate and its private key into a context.
+
+    Raises ConfigurationError, with the name of the file, if one of them cannot be used.
+    """
+    for path in (cert_path, key_path):
+        if not os.path.exists(path):
+            hint = "`make certs` creates certs/localhost.pem and its key"
+            raise ConfigurationError(f"{path}: No such file or directory; {hint}")
+        check_regular_file(path)
+        if not os.access(path, os.R_OK):  # load_cert_chain would not say which file it is
+            raise ConfigurationError(f"{path}: Permission denied")
+    try:
+        # Without a password, OpenSSL would ask for that of an encrypted key on the terminal.
+        context.load_cert_chain(cert_path, key_path, password="")
+    except OSError as error:  # an SSLError is an OSError, too
+        if isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH":
+            reason = "the private key does not belong to the certificate"
+        elif isinstance(error, ssl.SSLError) or not error.strerror:
+            reason = "must be a PEM certificate and its unencrypted private key"
+        else:
+            reason = error.strerror
+        raise ConfigurationError(f"{cert_path}, {key_path}: {reason}") from None
 
 
 # ==================================================================================================
@@ -3178,7 +3183,7 @@ def with_default_keys(options: argparse.Namespace) -> argparse.Namespace:
 
 
 def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """Return an IP address. Raises ArgumentTypeError."""
+    """Parse an IP address. Raises ArgumentTypeError if the text is not an IP address."""
     try:
         return ipaddress.ip_address(text)
     except ValueError:
@@ -3218,9 +3223,9 @@ def parse_endpoint_path(text: str) -> str:
 
 
 def parse_calls_option(text: str) -> list[str] | None:
-    """Split types of call at commas, and check them; `all` becomes None.
+    """Return the types of call in a list with commas, or None for `all`.
 
-    Raises ArgumentTypeError.
+    Raises ArgumentTypeError if one of them is unknown.
     """
     if text == "all":
         return None
@@ -3233,7 +3238,10 @@ def parse_calls_option(text: str) -> list[str] | None:
 
 
 def parse_expires_option(text: str) -> str | None:
-    """Check a time, and return it unchanged; `never` becomes None. Raises ArgumentTypeError."""
+    """Return a time unchanged, after checking it, or None for `never`.
+
+    Raises ArgumentTypeError if it is not a date or time.
+    """
     if text == "never":
         return None
     try:
@@ -3260,9 +3268,9 @@ def run(destination: Destination | None, options: argparse.Namespace) -> int:
     Returns the exit status, which is 1 if the server has failed, and otherwise 0. Raises
     ConfigurationError if an option, or a file that it names, cannot be used.
     """
-    # Block the signals here and in all threads that start later, so that only sigwait gets them. A
-    # thread that the destination's constructor has started may not block them. If it receives one,
-    # redirect_signal passes it on.
+    # Block the signals here and in all threads that start later, so that only sigwait gets them.
+    # Threads that the destination's constructor has already started might leave them unblocked. If
+    # such a thread receives one, redirect_signal passes it on.
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     with contextlib.suppress(ValueError):  # Python allows this only in the main thread
@@ -3302,8 +3310,8 @@ def handle_signals(server: Server, signals: set[signal.Signals]) -> None:
 def redirect_signal(number: int, _: object) -> None:
     """Send a signal to the main thread, where sigwait gets it.
 
-    Python calls this handler in the main thread, if another thread has received the signal. Without
-    a handler, the signal would end the process.
+    If another thread receives the signal, Python still calls this handler in the main thread, so
+    raising the signal again sends it there. Without a handler, the signal would end the process.
     """
     signal.raise_signal(number)
 
@@ -3422,8 +3430,8 @@ def find_sample_call(destination: Destination) -> str:
 
 def curl_command(server: Server, sample_path: str) -> str:
     """Return a shell command that posts a sample call to this server."""
-    accepts_segment = hashlib.sha256(b"segment").hexdigest() in server.keyring.keys
-    login = "segment:" if accepts_segment else "YOUR_API_KEY:"
+    accepts_demo_key = hashlib.sha256(b"segment").hexdigest() in server.keyring.keys
+    login = "segment:" if accepts_demo_key else "YOUR_API_KEY:"
     command = ["curl", "-i", "--cacert", server.options.tls_cert, "-u", login, server.url]
     command += ["-H", "Content-Type: application/json", "-d", f"@{sample_path}"]
     return shlex.join(command)

@@ -4356,14 +4356,8 @@ def test_a_certificate_or_private_key_that_cannot_be_read_is_named(
 ) -> None:
     files = {"tls_cert": str(CERT), "tls_key": str(CERT_KEY)}
     path = files[option]
-
-    def open_unless_forbidden(file: Any, *arguments: Any, **options: Any) -> Any:
-        if file == path:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), file)
-        return open(file, *arguments, **options)
-
     # Root may read any file, so file permissions cannot show this.
-    monkeypatch.setattr(receiver, "open", open_unless_forbidden, raising=False)
+    monkeypatch.setattr(os, "access", lambda file, mode: file != path)
     with pytest.raises(receiver.ConfigurationError, match=f"^{re.escape(path)}: Permission"):
         receiver.serve(Recorder(), port=0, **files)
 
