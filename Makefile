@@ -31,8 +31,10 @@ certs:  ## make a self-signed certificate for localhost, unless there is a valid
 send:  ## post every sample call to the receiver that runs on PORT
 	@command -v curl >/dev/null || { echo "curl is missing: install it, it sends the calls" >&2; exit 1; }
 	@for call in identify track page group; do \
-	  printf '%-8s' $$call; curl -sS --cacert $(CERT) -u segment: https://localhost:$(PORT)/ \
-	    -H 'Content-Type: application/json' -d @fixtures/$$call.json -w ' %{http_code}\n' || exit 1; \
+	  reply=$$(curl -sS --cacert $(CERT) -u segment: https://localhost:$(PORT)/ \
+	    -H 'Content-Type: application/json' -d @fixtures/$$call.json -w ' %{http_code}') || \
+	    { echo 'Is the receiver running? Start it with "make run PORT=$(PORT)".' >&2; exit 1; }; \
+	  printf '%-8s%s\n' $$call "$$reply"; \
 	done
 
 conformance: $(VENV)/made  ## test the endpoint at the URL ENDPOINT with the key API_KEY; see README.md

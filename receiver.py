@@ -1631,6 +1631,7 @@ def check_database_file(path: str) -> None:
     if not path:
         raise ConfigurationError("the name of the database must not be empty")
     if not os.path.exists(path):
+        check_folder(path)
         check_no_wal(path)
         return
     check_regular_file(path)
@@ -1701,6 +1702,13 @@ def check_regular_file(path: str) -> None:
         raise ConfigurationError(f"{path}: {error.strerror}") from None
     if not stat.S_ISREG(mode):
         raise ConfigurationError(f"{path}: not a regular file")
+
+
+def check_folder(path: str) -> None:
+    """Raise ConfigurationError unless the folder exists in which this file is to be created."""
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise ConfigurationError(f"{path}: there is no folder {folder}")
 
 
 @lru_cache(maxsize=1)
@@ -2909,6 +2917,10 @@ def make_tls_context(options: argparse.Namespace) -> ssl.SSLContext:
     return context
 
 
+# What OpenSSL says of a private key with other values, or of another type, than the certificate.
+NO_PAIR = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}
+
+
 def load_certificate(context: ssl.SSLContext, cert_path: str, key_path: str) -> None:
     """Load a certificate and its private key into a context.
 
@@ -2925,7 +2937,7 @@ def load_certificate(context: ssl.SSLContext, cert_path: str, key_path: str) -> 
         # Without a password, OpenSSL would ask for that of an encrypted key on the terminal.
         context.load_cert_chain(cert_path, key_path, password="")
     except OSError as error:  # an SSLError is an OSError, too
-        if isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH":
+        if isinstance(error, ssl.SSLError) and error.reason in NO_PAIR:
             reason = "the private key does not belong to the certificate"
         elif isinstance(error, ssl.SSLError) or not error.strerror:
             reason = "must be a PEM certificate and its unencrypted private key"
@@ -3488,6 +3500,8 @@ def append_entry(path: str, entry: Mapping[str, Any]) -> None:
     if os.path.exists(path):
         old_stat = os.stat(path)
         entries, _ = read_keys_file(path)
+    else:
+        check_folder(path)
     entries.append(entry)
     joined = ",\n  ".join([json.dumps(each, ensure_ascii=False) for each in entries])
     text = f"[\n  {joined}\n]\n"  # one entry on each line

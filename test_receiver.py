@@ -4342,9 +4342,10 @@ def make_certificate(folder: Path, name: str, algorithm: str = "ec") -> tuple[Pa
     return cert, key
 
 
-def test_a_private_key_of_another_certificate_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", ["ec", "rsa"])
+def test_a_private_key_of_another_certificate_is_refused(tmp_path: Path, algorithm: str) -> None:
     cert, _ = make_certificate(tmp_path, "one")
-    _, other_key = make_certificate(tmp_path, "other")
+    _, other_key = make_certificate(tmp_path, "other", algorithm)
     done = command(*RECEIVER, "--tls-cert", cert, "--tls-key", other_key)
     message = f"{cert}, {other_key}: the private key does not belong to the certificate"
     assert (done.returncode, done.stderr) == (2, f"receiver.py: {message}\n")
@@ -5242,7 +5243,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a folder as the database": (["--database", "."], ".: not a regular file"),
     "a database in a missing folder": (
         ["--database", "nowhere/calls.db"],
-        "nowhere/calls.db: No such file or directory",
+        "nowhere/calls.db: there is no folder nowhere",
     ),
     "an empty database name": (
         ["--database", ""],
@@ -5277,7 +5278,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "--add-key in a missing folder": (
         ["--add-key", "A", "--api-keys", "nowhere/k.json"],
-        "cannot write nowhere/k.json: No such file or directory",
+        "nowhere/k.json: there is no folder nowhere",
     ),
 }
 
