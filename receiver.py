@@ -1522,21 +1522,21 @@ class Store(GroupCommit):
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ConfigurationError(f"{name}: {reason}") from None
         self._path = os.path.abspath(name)
-        self._identity = file_identity(self._path)
+        self._identities = self._identify_files()
         self._truncate_pending = True  # an earlier run may have left deleted data in the WAL
 
     def write(self, calls: Sequence[Call]) -> Sequence[Outcome | Refusal]:
         """Store these calls in one transaction, and return their outcomes.
 
-        Raises Refusal 503 if the database file has been deleted or replaced, and after any
-        OperationalError, for example if the database is locked, full or read-only. Other SQLite
+        Raises Refusal 503 if the database file or its WAL has been deleted or replaced, and after
+        any OperationalError, for example if the database is locked, full or read-only. Other SQLite
         errors propagate.
         """
         try:
             with self._db:  # commits at the end, or rolls back after an exception
                 self._db.execute("begin immediate")
-                if file_identity(self._path) != self._identity:
-                    raise OSError("the file was deleted or replaced")
+                if self._identify_files() != self._identities:
+                    raise OSError("the file or its WAL was deleted or replaced")
                 outcomes = [self._store(call) for call in calls]
         except (OSError, sqlite3.OperationalError) as error:
             log.error("Cannot store %d call(s) in %s: %s", len(calls), self._path, error)
@@ -1554,6 +1554,13 @@ class Store(GroupCommit):
         super().close()
         if not self._writer.is_alive():  # while the writer hangs, closing would hang, too
             self._db.close()
+
+    def _identify_files(self) -> list[tuple[int, int] | None]:
+        """Return the identities of the database file and its WAL.
+
+        SQLite does not notice if one of them is deleted, and keeps writing to the deleted file.
+        """
+        return [file_identity(self._path), file_identity(f"{self._path}-wal")]
 
     def _store(self, call: Call) -> Outcome:
         """Insert a call, and return its outcome. A delete also removes the calls it applies to."""
@@ -1614,6 +1621,7 @@ def open_database(path: str) -> sqlite3.Connection:
         db.execute("pragma secure_delete = on")  # overwrite deleted rows with zeros
         db.execute(f"pragma wal_autocheckpoint = {WAL_PAGES}")
         db.execute(f"pragma journal_size_limit = {WAL_BYTES}")
+        db.execute("pragma user_version")  # any read creates the WAL, if there is none
     except sqlite3.Error:
         db.close()
         raise
@@ -1664,6 +1672,8 @@ def check_no_wal(path: str) -> None:
 
 # ---- Files and time ------------------------------------------------------------------------------
 
+MAX_FILE = 100_000_000  # bytes; room for some 700,000 API keys
+
 
 def file_identity(path: str) -> tuple[int, int] | None:
     """Return the device and inode of a file, or None if it cannot be accessed."""
@@ -1679,12 +1689,16 @@ def read_regular_file(path: str) -> bytes:
 
     The file is opened without blocking and checked afterwards, so that not even a FIFO that
     replaces the file at the last moment can block the caller. Raises ConfigurationError if the
-    path does not name a regular file, and OSError if the file cannot be read.
+    path does not name a regular file, or if the file is longer than MAX_FILE, and OSError if it
+    cannot be read.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise ConfigurationError(f"{path}: not a regular file")
+        if status.st_size > MAX_FILE:
+            raise ConfigurationError(f"{path}: must be at most {MAX_FILE} bytes long")
         with open(descriptor, "rb", closefd=False) as file:
             return file.read()
     finally:
@@ -2992,7 +3006,7 @@ def main(destination: Destination | None = None) -> None:
             raise ConfigurationError("--calls and --expires need --add-key")
         status = run(destination, with_default_keys(options))
     except ConfigurationError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print_note(f"{parser.prog}: {error}")
         status = 2
     if status:
         sys.exit(status)
@@ -3399,6 +3413,12 @@ def write_to_stdout(line: str) -> None:
     os.write(descriptor, f"{line}\n".encode())
 
 
+def print_note(line: str) -> None:
+    """Print a line to standard error, unless that is closed."""
+    if sys.stderr is not None:  # if it were None, print() would use standard output instead
+        print(line, file=sys.stderr)
+
+
 def startup_hint(server: Server) -> str:
     """Return a hint about what to do next, for somebody who started the server by hand."""
     options = server.options
@@ -3484,7 +3504,7 @@ def add_key(options: argparse.Namespace) -> None:
         reason = f"the key could not be printed ({error.strerror})"
         raise ConfigurationError(f"{reason}; remove its entry, the last one in {path}") from None
     added = f"Added the digest of a key for {options.add_key} to {path}."
-    print(f"{added} The key itself is not stored, so save it now.", file=sys.stderr)
+    print_note(f"{added} The key itself is not stored, so save it now.")
 
 
 def append_entry(path: str, entry: Mapping[str, Any]) -> None:

@@ -2698,7 +2698,18 @@ def test_while_the_database_file_is_missing_or_replaced_a_call_gets_503(
     moved.rename(store.path)
     assert store.save().status == 200
     assert store.find("select count(*) from calls") == [(2,)]
-    assert "the file was deleted or replaced" in caplog.text
+    assert "the file or its WAL was deleted or replaced" in caplog.text
+
+
+def test_while_the_wal_is_missing_calls_get_503_and_no_acknowledged_call_is_lost(
+    tmp_path: Path,
+) -> None:
+    store = FileStore(tmp_path / "calls.db")
+    assert store.save().status == 200
+    Path(f"{store.path}-wal").unlink()
+    assert store.save().status == 503
+    store.close()  # writes what is in the deleted WAL to calls.db
+    assert rows(store.path, "select count(*) from calls") == [(1,)]
 
 
 def test_while_the_database_is_read_only_a_call_gets_503_with_retry_after(
@@ -3487,6 +3498,12 @@ def keys_file(tmp_path: Path) -> Path:
     path = tmp_path / "keys.json"
     shutil.copy(FIXTURES / "keys.json", path)
     return path
+
+
+def test_a_keys_file_must_not_be_so_long_that_it_fills_the_memory(keys_file: Path) -> None:
+    os.truncate(keys_file, 10**12)  # a sparse file, which takes no space on the disk
+    with pytest.raises(receiver.ConfigurationError, match="must be at most 100000000 bytes long"):
+        receiver.Keyring(str(keys_file))
 
 
 def test_a_keyring_reads_its_file_again_only_when_it_has_changed(keys_file: Path) -> None:
@@ -5349,6 +5366,12 @@ def test_add_key_with_all_types_and_no_expiry_gives_a_key_without_limits(tmp_pat
     api_key = add_key("Acme", "--api-keys", keys, "--calls", "all", "--expires", "never")
     expected = {"customer": "Acme", "sha256": digest(api_key.stdout.strip())}
     assert json.loads(keys.read_text()) == [expected]
+
+
+def test_with_standard_error_closed_add_key_prints_only_the_key(tmp_path: Path) -> None:
+    words = [*RECEIVER, "--add-key", "Acme", "--api-keys", str(tmp_path / "keys.json")]
+    done = command("sh", "-c", 'exec "$@" 2>&-', "sh", *words)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1)
 
 
 @on_linux
