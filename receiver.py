@@ -1951,7 +1951,7 @@ class Connection(BaseRequestHandler):
         running the handler                     none; the request is complete
         sending the reply, discarding a body    `timeout` after the reply was made
         after `hang_up`                         LINGER after that
-        in `drain`                              none; it ends by itself
+        in `drain`                              2 * LINGER after it began
     """
 
     server: Server
@@ -2176,12 +2176,14 @@ class Connection(BaseRequestHandler):
         """Let the client read the last reply before the connection closes.
 
         Closing with unread input sends a reset, which could destroy the reply before the client has
-        read it. So shut down the sending side, and read until the client closes, too. This takes at
-        most 2 * LINGER seconds: the last read starts within LINGER seconds of the call, and every
-        read, including that of `unwrap`, times out after LINGER seconds.
+        read it. So shut down the sending side, and read until the client closes, too. This usually
+        takes at most 2 * LINGER seconds: the last read starts within LINGER seconds of the call,
+        and every read, including that of `unwrap`, times out after LINGER seconds.
         """
         end = time.monotonic() + LINGER
-        self.deadline = math.inf  # this method ends by itself
+        # OpenSSL handles some TLS records by itself. A flood of them would keep `unwrap` busy until
+        # the accept thread hangs up.
+        self.deadline = time.monotonic() + 2 * LINGER
         self.tls.settimeout(LINGER)
         # ValueError means that the socket was already disconnected when TLS was set up.
         with contextlib.suppress(OSError, ValueError):

@@ -4160,6 +4160,24 @@ def test_stopping_finishes_the_requests_in_flight() -> None:
         stopping.result()
 
 
+def test_closing_ends_even_if_the_client_keeps_tls_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_until_the_end(tls: ssl.SSLSocket) -> None:
+        while socket.socket.recv(tls, 65_536):
+            pass
+
+    # Python cannot send a flood of key updates, during which the real `unwrap` does not return.
+    monkeypatch.setattr(ssl.SSLSocket, "unwrap", read_until_the_end)
+    monkeypatch.setattr(receiver, "LINGER", 0.2)
+    with receiver.serve(Recorder(), port=0) as server, TlsClient(server) as client:
+        assert client.status(request(TRACK, "Connection: close")) == 200
+        started = time.monotonic()
+        with contextlib.suppress(ConnectionError):  # once the server has closed the connection
+            while time.monotonic() < started + 10:
+                socket.socket.sendall(client.tls, b"x" * 1000)
+        assert time.monotonic() - started < 5
+        wait_until(lambda: not server.connections)
+
+
 def test_a_request_that_arrives_after_the_server_has_hung_up_is_not_handled() -> None:
     destination = Recorder()
     with receiver.serve(destination, port=0) as server, TlsClient(server) as client:
