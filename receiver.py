@@ -1060,7 +1060,7 @@ DECODER = make_decoder(snake_keys)
 
 log = logging.getLogger("receiver")
 
-STORE_TIMEOUT = 4.5  # seconds; the sender waits for a reply for about 5 seconds
+STORE_TIMEOUT = 4.5  # seconds; Segment waits at least five seconds for a reply
 MAX_WAITING_CALLS = 1000
 MAX_WAITING_BYTES = 16_000_000
 
@@ -1522,7 +1522,7 @@ class Store(GroupCommit):
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ConfigurationError(f"{name}: {reason}") from None
         self._path = os.path.abspath(name)
-        self._identities = self._identify_files()
+        self._file_ids = self._current_file_ids()
         self._truncate_pending = True  # an earlier run may have left deleted data in the WAL
 
     def write(self, calls: Sequence[Call]) -> Sequence[Outcome | Refusal]:
@@ -1535,7 +1535,7 @@ class Store(GroupCommit):
         try:
             with self._db:  # commits at the end, or rolls back after an exception
                 self._db.execute("begin immediate")
-                if self._identify_files() != self._identities:
+                if self._current_file_ids() != self._file_ids:
                     raise OSError("the file or its WAL was deleted or replaced")
                 outcomes = [self._store(call) for call in calls]
         except (OSError, sqlite3.OperationalError) as error:
@@ -1555,7 +1555,7 @@ class Store(GroupCommit):
         if not self._writer.is_alive():  # while the writer hangs, closing would hang, too
             self._db.close()
 
-    def _identify_files(self) -> list[tuple[int, int] | None]:
+    def _current_file_ids(self) -> list[tuple[int, int] | None]:
         """Return the identities of the database file and its WAL.
 
         SQLite does not notice if one of them is deleted, and keeps writing to the deleted file.
@@ -1719,7 +1719,7 @@ def check_regular_file(path: str) -> None:
 
 
 def check_folder(path: str) -> None:
-    """Raise ConfigurationError unless the folder exists in which this file is to be created."""
+    """Raise ConfigurationError if the folder that is to contain this file does not exist."""
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise ConfigurationError(f"{path}: there is no folder {folder}")
@@ -1806,7 +1806,7 @@ def parse_head(head: str, /) -> Head:
     if "host" not in headers and not is_http_1_0:
         raise Refusal(400, "Missing Host header")
     length = parse_length(headers.pop("content-length", None))
-    # Transfer codings are not supported. Without a Content-Length, rung 6 refuses them with a 411.
+    # Transfer codings are not supported; `check_body_headers` refuses them with a 411.
     has_transfer_coding = "transfer-encoding" in headers
     if length is not None and has_transfer_coding:  # the classic way to smuggle a request
         raise Refusal(400, "Transfer-Encoding and Content-Length must not be combined")
@@ -2176,9 +2176,10 @@ class Connection(BaseRequestHandler):
         """Let the client read the last reply before the connection closes.
 
         Closing with unread input sends a reset, which could destroy the reply before the client has
-        read it. So shut down the sending side, and read until the client closes, too. This usually
-        takes at most 2 * LINGER seconds: the last read starts within LINGER seconds of the call,
-        and every read, including that of `unwrap`, times out after LINGER seconds.
+        read it. So shut down the sending side, and read until the client closes, too. This takes at
+        most 2 * LINGER seconds, because the last read starts within LINGER seconds of the call, and
+        each read times out after LINGER seconds. The exception is `unwrap`, which a client can keep
+        busy for longer; see below.
         """
         end = time.monotonic() + LINGER
         # OpenSSL handles some TLS records by itself. A flood of them would keep `unwrap` busy until
@@ -2925,7 +2926,7 @@ def make_tls_context(options: argparse.Namespace) -> ssl.SSLContext:
     # This is for TLS 1.2. All ciphers of TLS 1.3 have forward secrecy.
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
     context.set_alpn_protocols(["http/1.1"])
-    context.options |= ssl.OP_NO_RENEGOTIATION  # a client could keep the processor busy with it
+    context.options |= ssl.OP_NO_RENEGOTIATION  # renegotiating could keep the processor busy
     # Let clients disconnect without close_notify. That cannot hide a truncated body, because
     # Content-Length reveals it. OpenSSL 1.1 always permits it, and does not have this option.
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
@@ -2933,8 +2934,8 @@ def make_tls_context(options: argparse.Namespace) -> ssl.SSLContext:
     return context
 
 
-# What OpenSSL says of a private key with other values, or of another type, than the certificate.
-NO_PAIR = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}
+# The reasons that OpenSSL may give when a private key does not belong to the certificate.
+KEY_MISMATCH_REASONS = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}
 
 
 def load_certificate(context: ssl.SSLContext, cert_path: str, key_path: str) -> None:
@@ -2950,10 +2951,10 @@ def load_certificate(context: ssl.SSLContext, cert_path: str, key_path: str) -> 
         if not os.access(path, os.R_OK):  # load_cert_chain would not say which file it is
             raise ConfigurationError(f"{path}: Permission denied")
     try:
-        # Without a password, OpenSSL would ask for that of an encrypted key on the terminal.
+        # If no password is passed and the key is encrypted, OpenSSL prompts for one.
         context.load_cert_chain(cert_path, key_path, password="")
     except OSError as error:  # an SSLError is an OSError, too
-        if isinstance(error, ssl.SSLError) and error.reason in NO_PAIR:
+        if isinstance(error, ssl.SSLError) and error.reason in KEY_MISMATCH_REASONS:
             reason = "the private key does not belong to the certificate"
         elif isinstance(error, ssl.SSLError) or not error.strerror:
             reason = "must be a PEM certificate and its unencrypted private key"
@@ -3251,7 +3252,7 @@ def parse_endpoint_path(text: str) -> str:
 
 
 def parse_calls_option(text: str) -> list[str] | None:
-    """Return the types of call in a list with commas, or None for `all`.
+    """Return the types of call in a comma-separated list, or None for `all`.
 
     Raises ArgumentTypeError if one of them is unknown.
     """
@@ -3438,19 +3439,29 @@ def startup_hint(server: Server) -> str:
         lines.append("    " + shlex.join(["sqlite3", options.database, query]))
     else:
         lines.append(f"Calls go to {type(server.endpoint.destination).__name__}.")
-    has_any_demo_key = any(digest in server.keyring.keys for digest in DEMO_DIGESTS)
-    if has_any_demo_key:
-        lines.append(f"Warning: {options.api_keys} contains demo keys, which are public.")
-        lines.append("Make a key of your own, in a new file:")
-        lines.append(f"    python3 {shlex.quote(sys.argv[0])} --add-key CUSTOMER --api-keys FILE")
-        lines.append("Then stop the receiver with Ctrl-C, and start it with that file:")
-        lines.append(f"    {shlex.join(['python3', *sys.argv, '--api-keys', 'FILE'])}")
-    elif not server.keyring.keys:
-        lines.append(f"Warning: {options.api_keys} contains no API keys, so every call is lost.")
-        lines.append("Add a key:")
-        file = shlex.quote(options.api_keys)
-        lines.append(f"    python3 {shlex.quote(sys.argv[0])} --add-key CUSTOMER --api-keys {file}")
+    lines += key_hint(server)
     return "\n".join(lines) + "\n\n"
+
+
+def key_hint(server: Server) -> list[str]:
+    """Return lines that warn about demo keys, or that there are no keys; no lines otherwise."""
+    path = server.options.api_keys
+    add_key_command = f"    python3 {shlex.quote(sys.argv[0])} --add-key CUSTOMER --api-keys"
+    if not server.keyring.keys:
+        return [
+            f"Warning: {path} contains no API keys, so every call is lost.",
+            "Add a key:",
+            f"{add_key_command} {shlex.quote(path)}",
+        ]
+    if not any(digest in server.keyring.keys for digest in DEMO_DIGESTS):
+        return []
+    return [
+        f"Warning: {path} contains demo keys, which are public.",
+        "Make a key of your own, in a new file:",
+        f"{add_key_command} FILE",
+        "Then stop the receiver with Ctrl-C, and start it with that file:",
+        f"    {shlex.join(['python3', *sys.argv, '--api-keys', 'FILE'])}",
+    ]
 
 
 def find_sample_call(destination: Destination) -> str:
@@ -3514,8 +3525,8 @@ def append_entry(path: str, entry: Mapping[str, Any]) -> None:
 
     The file is replaced atomically; its owner, group and mode are kept. If two programs add an
     entry at the same time, one of the entries may be lost. Raises ConfigurationError if the
-    existing file cannot be used, and OSError if the new one cannot be written; in both cases, the
-    existing file is unchanged.
+    existing file cannot be used, or if there is no folder for a new one, and OSError if the file
+    cannot be written; in every case, an existing file is unchanged.
     """
     entries: list[Any] = []
     old_stat = None
