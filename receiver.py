@@ -2749,18 +2749,27 @@ class Server(ThreadingTCPServer):
         return self.connection_slots.acquire(timeout=1.0 if evicted else 0.1)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start the thread of a connection, or close the connection if that fails.
+        """Start the thread of a connection. If that fails, make room, and try once more.
+
+        If the second attempt fails, too, close the connection.
+        """
+        try:
+            self.start_thread(request, client_address)
+        except (RuntimeError, MemoryError) as error:
+            self.make_room(error)
+            try:
+                self.start_thread(request, client_address)
+            except (RuntimeError, MemoryError):
+                self.shutdown_request(request)
+
+    def start_thread(self, request: Any, client_address: Any) -> None:
+        """Start the thread of a connection. Raises RuntimeError or MemoryError if that fails.
 
         This does not use threading.Thread: its `start` waits for the new thread to report that it
         is running, and would wait forever if that thread ran out of memory first.
         """
-        try:
-            _thread.start_new_thread(self.process_request_thread, (request, client_address))
-        except (RuntimeError, MemoryError) as error:
-            self.shutdown_request(request)
-            self.make_room(error)
-        else:
-            self.shortage_logged = False
+        _thread.start_new_thread(self.process_request_thread, (request, client_address))
+        self.shortage_logged = False
 
     def close_request(self, request: Any) -> None:
         """Close a connection, and release its slot even if that fails."""

@@ -4004,6 +4004,27 @@ def test_if_no_thread_can_be_started_the_server_goes_on(
     assert "Traceback" not in caplog.text
 
 
+def test_if_a_thread_can_be_started_after_an_idle_connection_has_ended_the_new_one_is_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import _thread
+
+    start = _thread.start_new_thread
+
+    with receiver.serve(Recorder(), port=0) as server, TlsClient(server) as idle:
+        assert idle.status(request()) == 200
+
+        def fail_while_the_idle_connection_is_open(*arguments: Any) -> int:
+            if not idle_connection.hung_up:
+                raise RuntimeError("can't start new thread")
+            return start(*arguments)
+
+        [idle_connection] = server.connections
+        monkeypatch.setattr(_thread, "start_new_thread", fail_while_the_idle_connection_is_open)
+        assert post(server).status_code == 200
+        assert idle.is_closed()
+
+
 def test_a_connection_slot_is_released_even_if_closing_the_connection_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
