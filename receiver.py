@@ -24,7 +24,7 @@ Segment acts on the status code of the reply, for which it waits five to ten sec
     200 and 202                                delivered; Segment keeps no copy
     408, 429, 5xx except 501 and 505           retried for about four hours
     no reply in time                           retried for about four hours
-    4xx except 408 and 429, 501, 505           dropped for good
+    501, 505, 4xx except 408 and 429           dropped for good
 
 202 means that the call is stored, but not yet processed. Never redirect, because Segment does not
 follow redirects. Send no body with a 200 or 202. The body of an error reply may be a JSON object
@@ -1522,6 +1522,7 @@ class Store(GroupCommit):
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ConfigurationError(f"{name}: {reason}") from None
         self._path = os.path.abspath(name)
+        self._wal_path = f"{os.path.realpath(name)}-wal"  # SQLite resolves symbolic links, too
         self._file_ids = self._current_file_ids()
         self._truncate_pending = True  # an earlier run may have left deleted data in the WAL
 
@@ -1560,7 +1561,7 @@ class Store(GroupCommit):
 
         SQLite does not notice if one of them is deleted, and keeps writing to the deleted file.
         """
-        return [file_identity(self._path), file_identity(f"{self._path}-wal")]
+        return [file_identity(self._path), file_identity(self._wal_path)]
 
     def _store(self, call: Call) -> Outcome:
         """Insert a call, and return its outcome. A delete also removes the calls it applies to."""
@@ -1741,7 +1742,7 @@ def utc_now() -> str:
 # Part 3. The server
 #
 # HTTP/1.1 and 1.0 over TLS, built on `socketserver` and `ssl`. The accept thread accepts
-# connections, and each connection then has a thread of its own. Connections use blocking sockets,
+# connections, and each connection then runs in a separate thread. Connections use blocking sockets,
 # which is simple and fast. Instead of a timeout for each read, every connection has a deadline.
 # Once it has passed, the accept thread hangs up, even if bytes are still trickling in.
 # ==================================================================================================

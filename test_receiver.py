@@ -2701,12 +2701,14 @@ def test_while_the_database_file_is_missing_or_replaced_a_call_gets_503(
     assert "the file or its WAL was deleted or replaced" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["calls.db", "a symbolic link"])
 def test_while_the_wal_is_missing_calls_get_503_and_no_acknowledged_call_is_lost(
-    tmp_path: Path,
+    tmp_path: Path, name: str
 ) -> None:
-    store = FileStore(tmp_path / "calls.db")
+    (tmp_path / "a symbolic link").symlink_to("calls.db")
+    store = FileStore(tmp_path / name)
     assert store.save().status == 200
-    Path(f"{store.path}-wal").unlink()
+    (tmp_path / "calls.db-wal").unlink()
     assert store.save().status == 503
     store.close()  # writes what is in the deleted WAL to calls.db
     assert rows(store.path, "select count(*) from calls") == [(1,)]
@@ -5523,7 +5525,7 @@ class CutShortError(NotCheckedError):
 
 
 class NoReplyError(Exception):
-    """No complete reply came; the text says what came instead."""
+    """No complete reply arrived; the text says what happened instead."""
 
 
 class BrokenError(Exception):
